@@ -1,0 +1,344 @@
+//! A throwaway PostgreSQL cluster: made, started, paused, killed and thrown away by the test that owns it.
+
+use std::fmt::Write as _;
+use std::fs;
+use std::io::Write as _;
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicU16, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use postgres::{Client, Config, NoTls};
+use tempfile::TempDir;
+
+use crate::installation::{Installation, run, tail};
+use crate::logs::Findings;
+use crate::process::{self, Watchdog};
+use crate::template::{self, DATABASE};
+use crate::wait::{SOON, until, until_some};
+
+/// No statement of a test hangs for ever.
+const STATEMENT_TIMEOUT: &str = "180s";
+
+/// What every cluster of the tests is configured with. `fsync` is off: what is killed is a process, never the machine.
+const SETTINGS: &str = "\
+listen_addresses = '127.0.0.1'
+fsync = off
+shared_buffers = 64MB
+max_connections = 80
+max_worker_processes = 24
+max_prepared_transactions = 10
+max_wal_size = 4GB
+checkpoint_timeout = 30min
+log_lock_waits = on
+log_line_prefix = '%m [%p] %b/%a/%e '
+";
+
+/// How to stop a server.
+#[derive(Debug, Clone, Copy)]
+pub enum Stop {
+    /// Clients are thrown out, the server shuts down in order.
+    Fast,
+    /// As a crash: recovery follows.
+    Immediate,
+}
+
+impl Stop {
+    fn mode(self) -> &'static str {
+        match self {
+            Self::Fast => "fast",
+            Self::Immediate => "immediate",
+        }
+    }
+}
+
+/// One server with its directory; dropping it stops the server and removes the directory
+/// (kept, and named, when `CROSSOVER_KEEP` is set).
+#[derive(Debug)]
+pub struct Cluster {
+    name: &'static str,
+    port: u16,
+    base: TempDir,
+    data: PathBuf,
+    _watchdog: Watchdog,
+}
+
+impl Cluster {
+    /// Makes a cluster and starts it. `name` is what messages call it, `settings` are lines of postgresql.conf.
+    pub fn start_new(name: &'static str, settings: &[&str]) -> Self {
+        let base = tempfile::Builder::new().prefix("crossover.").tempdir().expect("a temporary directory");
+        Installation::get().give(base.path());
+        let watchdog = Watchdog::over(base.path());
+        let data = base.path().join("data");
+        template::copy_to(&data);
+        let cluster = Self { name, port: free_port(), data, _watchdog: watchdog, base };
+        cluster.configure(&[
+            SETTINGS,
+            &format!("port = {}", cluster.port),
+            &format!("unix_socket_directories = '{}'", cluster.base.path().display()),
+        ]);
+        cluster.configure(settings);
+        cluster.start();
+        cluster
+    }
+
+    /// Appends lines to postgresql.conf; they count from the next start or [`Cluster::reload`].
+    pub fn configure(&self, lines: &[&str]) {
+        let mut file =
+            fs::File::options().append(true).open(self.data.join("postgresql.conf")).expect("postgresql.conf");
+        for line in lines {
+            writeln!(file, "{line}").expect("postgresql.conf to be written");
+        }
+    }
+
+    /// Lets the server read its configuration again.
+    pub fn reload(&self) {
+        assert!(process::signal(self.postmaster().expect("a running server"), libc::SIGHUP));
+    }
+
+    /// Starts the server and waits until it accepts connections.
+    pub fn start(&self) {
+        let mut command = self.pg_ctl("start");
+        command.arg("-l").arg(self.log_path()).args(["-t", "60"]);
+        command.stdout(Stdio::null()).stderr(Stdio::null());
+        let ok = command.status().expect("pg_ctl to run").success();
+        assert!(ok, "cluster {} did not start:\n{}", self.name, self.log_tail());
+    }
+
+    /// Stops the server and waits until it is gone; a paused one is woken first.
+    pub fn stop(&self, how: Stop) {
+        self.resume();
+        let mut command = self.pg_ctl("stop");
+        command.args(["-m", how.mode(), "-t", "60"]);
+        run(command);
+    }
+
+    /// [`Cluster::stop`], then [`Cluster::start`].
+    pub fn restart(&self, how: Stop) {
+        self.stop(how);
+        self.start();
+    }
+
+    /// Stops every process of the server with SIGSTOP: it is there, it accepts connections, and it never answers.
+    pub fn pause(&self) {
+        let postmaster = self.postmaster().expect("a running server");
+        process::signal(postmaster, libc::SIGSTOP);
+        until("the postmaster is stopped", SOON, || process::is_stopped(postmaster));
+        for (pid, _) in process::children(postmaster) {
+            process::signal(pid, libc::SIGSTOP);
+        }
+    }
+
+    /// Lets every process of the server go on.
+    pub fn resume(&self) {
+        let Some(postmaster) = self.postmaster() else {
+            return;
+        };
+        for (pid, _) in process::children(postmaster) {
+            process::signal(pid, libc::SIGCONT);
+        }
+        process::signal(postmaster, libc::SIGCONT);
+    }
+
+    /// The postmaster's pid while it runs.
+    pub fn postmaster(&self) -> Option<i32> {
+        let text = fs::read_to_string(self.data.join("postmaster.pid")).ok()?;
+        text.lines().next()?.trim().parse().ok().filter(|pid| process::is_alive(*pid))
+    }
+
+    /// How applications of the tests connect.
+    pub fn config(&self, database: &str) -> Config {
+        let mut config = Config::new();
+        config.host("127.0.0.1").port(self.port).user("postgres").dbname(database);
+        config.connect_timeout(Duration::from_secs(10));
+        config.options(&format!("-c statement_timeout={STATEMENT_TIMEOUT}"));
+        config
+    }
+
+    /// A connection to the tests' database.
+    pub fn connect(&self) -> Client {
+        self.connect_to(DATABASE)
+    }
+
+    /// A connection to another database.
+    pub fn connect_to(&self, database: &str) -> Client {
+        self.config(database)
+            .connect(NoTls)
+            .unwrap_or_else(|e| panic!("cannot connect to cluster {}: {e:?}\n{}", self.name, self.log_tail()))
+    }
+
+    /// A connection, if the server grants one now: it may be in recovery after a crash.
+    pub fn try_connect(&self) -> Result<Client, postgres::Error> {
+        self.config(DATABASE).connect(NoTls)
+    }
+
+    /// A connection as soon as the server grants one that answers.
+    pub fn connect_soon(&self) -> Client {
+        until_some(&format!("cluster {} accepts connections", self.name), SOON, || {
+            self.try_connect().ok().and_then(|mut client| client.simple_query("SELECT 1").is_ok().then_some(client))
+        })
+    }
+
+    /// The tests' database as libpq's programs name it.
+    pub fn url(&self) -> String {
+        format!("host=127.0.0.1 port={} user=postgres dbname={DATABASE}", self.port)
+    }
+
+    /// The port that it listens on, at 127.0.0.1, the same for its whole life.
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
+    /// What messages call it.
+    pub fn name(&self) -> &'static str {
+        self.name
+    }
+
+    /// Runs statements on a connection of their own.
+    ///
+    /// # Panics
+    /// With the first error.
+    pub fn sql(&self, statements: &str) {
+        if let Err(e) = self.connect_soon().batch_execute(statements) {
+            panic!("cluster {}: {}\n{statements}", self.name, explain(&e));
+        }
+    }
+
+    /// The single value of a query, as text.
+    pub fn text(&self, query: &str) -> Option<String> {
+        let rows = self.connect_soon().simple_query(query);
+        let rows = rows.unwrap_or_else(|e| panic!("cluster {}: {}\n{query}", self.name, explain(&e)));
+        rows.iter().find_map(|message| match message {
+            postgres::SimpleQueryMessage::Row(row) => Some(row.get(0).map(str::to_owned)),
+            _ => None,
+        })?
+    }
+
+    /// The first column of a query, as text.
+    pub fn list(&self, query: &str) -> Vec<String> {
+        self.text(&format!("SELECT json_agg(v) FROM ({query}) AS q(v)")).map_or_else(Vec::new, |json| {
+            let values: Vec<serde_json::Value> = serde_json::from_str(&json).expect("json of the server");
+            values.into_iter().map(|v| v.as_str().map_or_else(|| v.to_string(), str::to_owned)).collect()
+        })
+    }
+
+    /// Feeds `script` to psql, which stops at the first error, and returns what it prints (unaligned, tuples only).
+    pub fn psql(&self, script: &str) -> String {
+        let mut command = Installation::get().program("psql");
+        command.args(["-XqAt", "-v", "ON_ERROR_STOP=1", "-d", &self.url(), "-c", script]);
+        run(command)
+    }
+
+    /// `pg_dump --schema-only` of a database: the same text for the same schema.
+    pub fn pg_dump_schema(&self, database: &str) -> String {
+        let mut command = Installation::get().program("pg_dump");
+        command.args(["--schema-only", "-h", "127.0.0.1", "-p", &self.port.to_string(), "-U", "postgres", database]);
+        // Lines with a key that pg_dump draws anew each time.
+        let random = |line: &&str| !line.starts_with("\\restrict ") && !line.starts_with("\\unrestrict ");
+        run(command).lines().filter(random).fold(String::new(), |mut text, line| {
+            let _ = writeln!(text, "{line}");
+            text
+        })
+    }
+
+    /// Arms one fault (`"<point> kill"`, `stop` or `error`), in a build with the feature `fault-points`.
+    pub fn fault(&self, order: &str) {
+        self.place("crossover_fault", order);
+    }
+
+    /// Whether the armed fault has not been reached yet.
+    pub fn fault_is_armed(&self) -> bool {
+        self.data.join("crossover_fault").exists()
+    }
+
+    /// Takes back a fault that was not reached; false when it was reached after all.
+    pub fn disarm(&self) -> bool {
+        fs::remove_file(self.data.join("crossover_fault")).is_ok()
+    }
+
+    /// Takes a named safety out of the replicator (feature `fault-points`), to see that a test notices.
+    pub fn break_protocol(&self, what: &str) {
+        self.place("crossover_break", what);
+    }
+
+    /// Writes a file into the data directory, whole or not at all.
+    fn place(&self, name: &str, content: &str) {
+        let aside = self.data.join(format!("{name}.new"));
+        fs::write(&aside, content)
+            .and_then(|()| fs::rename(&aside, self.data.join(name)))
+            .expect("a file in the data directory");
+    }
+
+    /// What the server's log holds that no test may cause.
+    pub fn findings(&self, crashes_expected: bool) -> Findings {
+        Findings::of(&self.log_path(), crashes_expected)
+    }
+
+    /// The end of the server's log.
+    pub fn log_tail(&self) -> String {
+        format!("--- the end of the log of cluster {} ---\n{}", self.name, tail(&self.log_path(), 60))
+    }
+
+    /// Where the server logs to.
+    pub fn log_path(&self) -> PathBuf {
+        self.base.path().join("server.log")
+    }
+
+    /// A directory for the test's own files, readable by the server's user.
+    pub fn scratch(&self) -> &Path {
+        self.base.path()
+    }
+
+    fn pg_ctl(&self, verb: &str) -> Command {
+        let mut command = Installation::get().program("pg_ctl");
+        command.arg(verb).arg("-D").arg(&self.data).args(["-w", "-s"]);
+        command
+    }
+}
+
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            eprintln!("{}", self.log_tail());
+        }
+        if std::env::var_os("CROSSOVER_KEEP").is_some() {
+            self.base.disable_cleanup(true);
+            eprintln!("cluster {} is kept in {}", self.name, self.base.path().display());
+        }
+        self.resume();
+        let mut command = self.pg_ctl("stop");
+        let _ = command.args(["-m", "immediate"]).stdout(Stdio::null()).stderr(Stdio::null()).status();
+    }
+}
+
+/// An error with all that the server said.
+pub fn explain(error: &postgres::Error) -> String {
+    error.as_db_error().map_or_else(
+        || format!("{error:?}"),
+        |db| {
+            let part = |label, text: Option<&str>| text.map_or_else(String::new, |t| format!("\n{label}: {t}"));
+            format!(
+                "{} {}{}{}{}",
+                db.code().code(),
+                db.message(),
+                part("detail", db.detail()),
+                part("hint", db.hint()),
+                part("where", db.where_())
+            )
+        },
+    )
+}
+
+/// A free port outside the range that outgoing connections take theirs from, so that it stays ours over a restart.
+fn free_port() -> u16 {
+    const FROM: u16 = 20_000;
+    const COUNT: u16 = 10_000;
+    static NEXT: AtomicU16 = AtomicU16::new(0);
+    let start = u16::try_from(std::process::id() % u32::from(COUNT)).expect("a remainder fits");
+    (0..COUNT)
+        .map(|_| FROM + (start + NEXT.fetch_add(1, Ordering::Relaxed)) % COUNT)
+        .find(|port| TcpListener::bind(("127.0.0.1", *port)).is_ok())
+        .expect("a free port")
+}

@@ -1,0 +1,151 @@
+//! In `copying` and `first` no client notices that the second server is away; when it is back, all goes on.
+
+use std::time::Duration;
+
+use pgrx_tests::cluster::Stop;
+use pgrx_tests::journal::{self, Journal};
+use pgrx_tests::wait::{for_a, until};
+use pgrx_tests::{Load, Migration, Pair, Tally, Witness, market};
+use serde_json::{Value, json};
+
+/// What a client of the first store may wait for on a busy machine, whatever the second server does.
+const UNHURT: Duration = Duration::from_millis(500);
+
+/// How long the second server is away: longer than any timeout that a worker may have.
+const AWAY: Duration = Duration::from_secs(8);
+
+/// Clients that update, insert, delete and read, each with its own rows.
+fn clients(pair: &Pair) -> Load {
+    Load::start(&pair.first.config("app"), 3, |client, round, connection| {
+        let id = (client * 100 + (round % 100) as usize + 1) as i32;
+        let mut transaction = connection.transaction()?;
+        transaction.execute("UPDATE customer SET cents = cents + 1 WHERE id = $1", &[&id])?;
+        transaction.execute("INSERT INTO purchase (customer_id, cents) VALUES ($1, 5)", &[&id])?;
+        transaction.query("SELECT * FROM purchase WHERE customer_id = $1", &[&id])?;
+        if round.is_multiple_of(4) {
+            transaction.execute("DELETE FROM purchase WHERE customer_id = $1", &[&id])?;
+        }
+        transaction.commit()
+    })
+}
+
+fn unhurt(tally: &Tally, when: &str) {
+    println!("{when}: {} transactions, the slowest took {:?}", tally.done, tally.slowest);
+    tally.assert_unhurt(when, UNHURT);
+}
+
+/// The age of the oldest transaction or snapshot that anybody but the asking backend holds on the first server, in seconds.
+fn oldest_transaction(pair: &Pair) -> f64 {
+    let query = "SELECT coalesce(max(extract(epoch FROM clock_timestamp() - xact_start)), 0) FROM pg_stat_activity
+                 WHERE pid <> pg_backend_pid() AND backend_type NOT LIKE 'autovacuum%'";
+    pair.first.text(query).and_then(|age| age.parse().ok()).expect("an age")
+}
+
+fn mapping() -> Value {
+    let mut mapping = market::mapping();
+    mapping["tables"].as_array_mut().expect("tables").push(journal::mapping());
+    mapping
+}
+
+/// `options.chunk_rows` makes the copy last as long as the test needs.
+fn start<'a>(pair: &'a Pair, old: u32, options: &Value) -> Migration<'a> {
+    market::create(pair, 1000);
+    journal::create(pair, old);
+    Migration::start_with(pair, "market", &mapping(), options)
+}
+
+#[test]
+fn while_copying() {
+    let pair = Pair::new();
+    let witness = Witness::of(&pair.first);
+    let migration = start(&pair, 100_000, &json!({"chunk_rows": 5, "copy_workers": 1}));
+    let (load, journal) = (clients(&pair), Journal::start(&pair, 1, "new"));
+    unhurt(&load.take(), "before the outage");
+    pair.second.stop(Stop::Immediate);
+    for_a(AWAY);
+    assert_eq!(migration.state(), "copying", "the copy was meant to last longer");
+    assert!(!migration.status().text("last_error").is_empty(), "the status does not say what is wrong");
+    unhurt(&load.take(), "with the second server stopped");
+    assert!(oldest_transaction(&pair) < AWAY.as_secs_f64(), "a snapshot is held over the outage");
+    pair.second.start();
+
+    // There, but deaf.
+    let rows = || migration_rows(&migration, &pair);
+    let copied = rows();
+    until("the copy goes on", AWAY * 4, || rows() > copied);
+    pair.second.pause();
+    for_a(AWAY);
+    unhurt(&load.take(), "with the second server hanging");
+    assert!(oldest_transaction(&pair) < AWAY.as_secs_f64(), "a snapshot is held over the hang");
+    pair.second.resume();
+    migration.until_state("first");
+    unhurt(&load.take(), "after the outage");
+    load.stop();
+    let acked = journal.stop();
+    migration.settle();
+    market::assert_equal(&pair, "");
+    journal::check(&pair, "journal", &acked);
+    migration.walk(&["both", "second"]);
+    migration.finish();
+    witness.testify();
+}
+
+/// Rows copied so far.
+fn migration_rows(migration: &Migration, pair: &Pair) -> i64 {
+    let query = format!(
+        "SELECT coalesce(sum(rows_copied), 0)::bigint FROM migration_progress WHERE name = '{}'",
+        migration.name()
+    );
+    pair.first.text(&query).and_then(|text| text.parse().ok()).unwrap_or(0)
+}
+
+#[test]
+fn while_replicating() {
+    let pair = Pair::new();
+    let witness = Witness::of(&pair.first);
+    let migration = start(&pair, 100, &json!({}));
+    migration.until_state("first");
+    let (load, journal) = (clients(&pair), Journal::start(&pair, 1, "new"));
+    load.until_done(100);
+    unhurt(&load.take(), "before the outage");
+    pair.second.stop(Stop::Immediate);
+    for_a(AWAY);
+    assert_eq!(migration.state(), "first");
+    assert!(!migration.status().text("last_error").is_empty(), "the status does not say what is wrong");
+    unhurt(&load.take(), "with the second server stopped");
+    assert!(oldest_transaction(&pair) < AWAY.as_secs_f64(), "a snapshot is held over the outage");
+    // A switch that needs the second server says so and changes nothing.
+    migration.try_set_state("both", Duration::from_secs(3)).expect_err("the second server is away");
+    assert_eq!(migration.state(), "first");
+    unhurt(&load.take(), "with a switch asked for in vain");
+    pair.second.start();
+    migration.settle();
+
+    pair.second.pause();
+    for_a(AWAY);
+    unhurt(&load.take(), "with the second server hanging");
+    assert!(oldest_transaction(&pair) < AWAY.as_secs_f64(), "a snapshot is held over the hang");
+    migration.try_set_state("both", Duration::from_secs(3)).expect_err("the second server hangs");
+    assert_eq!(migration.state(), "first");
+    unhurt(&load.take(), "with a switch asked for in vain, again");
+    pair.second.resume();
+    load.until_done(100);
+    load.stop();
+    let acked = journal.stop();
+    migration.settle();
+    market::assert_equal(&pair, "");
+    journal::check(&pair, "journal", &acked);
+
+    // The first server restarts: so does everything that belongs to the migration.
+    migration.set_state("both");
+    drop(witness);
+    for how in [Stop::Fast, Stop::Immediate] {
+        pair.first.restart(how);
+        pair.first.sql("UPDATE customer SET cents = cents + 1 WHERE id = 7");
+        pair.second.sql("UPDATE market.client SET balance = balance + 1 WHERE client_no = 8");
+        migration.settle();
+        market::assert_equal(&pair, "__first");
+    }
+    migration.set_state("first");
+    migration.cancel();
+}

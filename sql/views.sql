@@ -1,0 +1,53 @@
+-- What a DBA watches. A role sees the migrations of the roles it belongs to.
+CREATE FUNCTION crossover.visible(owner oid) RETURNS boolean LANGUAGE sql STABLE SECURITY INVOKER
+RETURN pg_catalog.pg_has_role(owner, 'USAGE');
+
+CREATE VIEW migration_status AS
+SELECT m.name, m.state::migration_state AS state, m.phase, m.paused,
+       a.backlog_rows,
+       round(extract(epoch FROM clock_timestamp() - a.backlog_since), 1) AS backlog_seconds,
+       a.log_bytes, a.last_error, a.last_error_at,
+       CASE WHEN m.paused THEN 'migration_resume' ELSE a.waiting_for END AS waiting_for,
+       CASE WHEN m.state IN ('finished', 'cancelled') AND m.phase = 'done' THEN NULL
+            WHEN a.worker_pid IS NULL OR NOT EXISTS (SELECT FROM pg_catalog.pg_stat_activity p WHERE p.pid = a.worker_pid)
+                THEN 'No worker is running: check max_worker_processes and the server log.'
+            WHEN a.parked > 0 THEN 'Rows are parked: see migration_conflicts.'
+            ELSE a.last_error_hint END AS hint,
+       (SELECT p.pid FROM pg_catalog.pg_stat_activity p WHERE p.pid = a.worker_pid) AS worker_pid,
+       a.retries, m.owner::regrole::text AS owner
+FROM crossover.migration m LEFT JOIN crossover.activity a ON a.migration_id = m.id
+WHERE crossover.visible(m.owner)
+ORDER BY m.name;
+COMMENT ON VIEW migration_status IS 'each migration: its state, how far behind it is, its last error and what to do about it';
+
+CREATE VIEW migration_progress AS
+SELECT m.name, t.table_name, t.rows_copied, t.rows_estimated,
+       CASE WHEN t.copy_finished IS NOT NULL THEN 100.0
+            ELSE least(99.9, round(100.0 * t.rows_copied / greatest(t.rows_estimated, t.rows_copied, 1), 1)) END AS percent,
+       round(t.rows_copied / greatest(extract(epoch FROM coalesce(t.copy_finished, clock_timestamp()) - t.copy_started), 0.001)) AS rows_per_second,
+       CASE WHEN t.copy_finished IS NULL AND t.rows_copied > 0 THEN
+            make_interval(secs => round(greatest(t.rows_estimated - t.rows_copied, 0)
+                * extract(epoch FROM clock_timestamp() - t.copy_started) / t.rows_copied)::float8) END AS eta
+FROM crossover.migration m JOIN crossover.migrated_table t ON t.migration_id = m.id
+WHERE crossover.visible(m.owner)
+ORDER BY m.name, t.index;
+COMMENT ON VIEW migration_progress IS 'how far the copy of each table is';
+
+CREATE VIEW migration_conflicts AS
+SELECT c.id, c.name, c.table_name, c.key, c.kind, c.kept, c.first_image, c.second_image, c.error, c.recorded_at, c.resolved_at
+FROM crossover.conflict c JOIN crossover.migration m USING (name)
+WHERE crossover.visible(m.owner)
+ORDER BY c.id;
+COMMENT ON VIEW migration_conflicts IS 'rows changed on both stores at a time, with both images, and rows that a store refused';
+
+CREATE VIEW migration_history AS
+SELECT h.name, h.at, h.who, h.from_state::migration_state AS from_state, h.to_state::migration_state AS to_state,
+       h.pause_ms, h.rows_drained, h.forced
+FROM crossover.history h JOIN crossover.migration m USING (name)
+WHERE crossover.visible(m.owner)
+ORDER BY h.id;
+COMMENT ON VIEW migration_history IS 'every change of state: who, when, how long writers were held, rows drained in the pause';
+
+GRANT USAGE ON SCHEMA crossover TO PUBLIC;
+GRANT EXECUTE ON FUNCTION crossover.visible(oid) TO PUBLIC;
+GRANT SELECT ON migration_status, migration_progress, migration_conflicts, migration_history TO PUBLIC;

@@ -1,0 +1,218 @@
+//! What the extension's own tables and PostgreSQL's catalogs say: migrations, tables, servers.
+//!
+//! Reads and writes single rows in the caller's transaction; takes no locks of its own.
+
+use crate::error::{Error, Result};
+use crate::mapping::ident::{Ident, RelName};
+use crate::mapping::model::Options;
+use crate::mapping::table::{Column, Table};
+use crate::mapping::text::array_literal;
+use crate::state::{Phase, State};
+use crate::store::{Row, Session, parse};
+
+/// One row of `crossover.migration`.
+#[derive(Debug, Clone)]
+pub struct Migration {
+    pub id: i32,
+    pub name: String,
+    pub tag: String,
+    pub owner: u32,
+    pub owner_name: Ident,
+    pub server_id: u32,
+    pub mapping: String,
+    pub options: Options,
+    pub state: State,
+    pub phase: Phase,
+    pub paused: bool,
+    pub taken_over: bool,
+}
+
+impl Migration {
+    /// The migration with this id; None when it is gone.
+    pub fn load<S: Session>(session: &mut S, id: i32) -> Result<Option<Migration>> {
+        let rows = session.admin_query(
+            "SELECT id, name, tag, owner::int8, coalesce((SELECT rolname::text FROM pg_roles r WHERE r.oid = owner), ''), server_id::int8, mapping, options, state, phase, paused, taken_over \
+             FROM crossover.migration WHERE id = $1::text::int",
+            &[Some(&id.to_string())],
+        )?;
+        let Some(row) = rows.into_iter().next() else { return Ok(None) };
+        let field = |i: usize| row[i].as_deref().unwrap_or("");
+        Ok(Some(Migration {
+            id: parse(field(0))?,
+            name: field(1).into(),
+            tag: field(2).into(),
+            owner: parse(field(3))?,
+            owner_name: Ident::new(field(4)),
+            server_id: parse(field(5))?,
+            mapping: field(6).into(),
+            options: Options::parse(field(7)).map_err(|p| Error::internal(p.message))?,
+            state: parse(field(8))?,
+            phase: parse(field(9))?,
+            paused: field(10) == "t",
+            taken_over: field(11) == "t",
+        }))
+    }
+
+    /// Writes state, phase and takeover back, in the caller's transaction.
+    pub fn store<S: Session>(&self, session: &mut S) -> Result<()> {
+        session
+            .admin_execute(
+                "UPDATE crossover.migration SET state = $2::text, phase = $3::text, taken_over = $4::text::boolean, server_id = $5::text::oid WHERE id = $1::text::int",
+                &[
+                    Some(&self.id.to_string()),
+                    Some(self.state.as_str()),
+                    Some(self.phase.as_str()),
+                    Some(if self.taken_over { "t" } else { "f" }),
+                    Some(&self.server_id.to_string()),
+                ],
+            )
+            .map(drop)
+    }
+}
+
+/// What `pg_class` says of a relation beyond its columns.
+#[derive(Debug, Clone)]
+pub struct Relation {
+    pub table: Table,
+    pub kind: char,
+    pub persistence: char,
+    pub owner: u32,
+    pub row_security: bool,
+    /// Part of an inheritance tree or a partition.
+    pub inherits: bool,
+    /// Foreign server, for a foreign table.
+    pub server: Option<u32>,
+    pub server_wrapper: Option<String>,
+}
+
+const RELATION: &str = "SELECT c.oid::int8, n.nspname::text, c.relname::text, c.relkind::text, c.relpersistence::text, c.relowner::int8, c.relrowsecurity, \
+       EXISTS (SELECT FROM pg_inherits i WHERE i.inhrelid = c.oid OR i.inhparent = c.oid), \
+       f.ftserver::int8, w.fdwname::text, \
+       coalesce((SELECT option_value FROM pg_options_to_table(f.ftoptions) WHERE option_name = 'schema_name'), n.nspname::text), \
+       coalesce((SELECT option_value FROM pg_options_to_table(f.ftoptions) WHERE option_name = 'table_name'), c.relname::text) \
+  FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace \
+  LEFT JOIN pg_foreign_table f ON f.ftrelid = c.oid LEFT JOIN pg_foreign_server s ON s.oid = f.ftserver \
+  LEFT JOIN pg_foreign_data_wrapper w ON w.oid = s.srvfdw";
+
+// Casting to character and bit types keeps no length, so that an over-long value is an error and not cut.
+const COLUMNS: &str = "SELECT a.attname::text, format_type(a.atttypid, a.atttypmod), \
+       CASE WHEN a.atttypid IN (1042, 1043, 1560, 1562) THEN format_type(a.atttypid, -1) ELSE format_type(a.atttypid, a.atttypmod) END, \
+       a.atttypid::int8, a.attnotnull, a.attgenerated <> '', nullif(a.attidentity::text, ''), \
+       CASE WHEN a.attgenerated = '' THEN pg_get_expr(d.adbin, d.adrelid) END, \
+       (SELECT quote_ident(cn.nspname) || '.' || quote_ident(co.collname) FROM pg_collation co JOIN pg_namespace cn ON cn.oid = co.collnamespace \
+         WHERE co.oid = a.attcollation AND a.attcollation <> t.typcollation), \
+       coalesce((SELECT option_value FROM pg_options_to_table(a.attfdwoptions) WHERE option_name = 'column_name'), a.attname::text) \
+  FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid LEFT JOIN pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum \
+ WHERE a.attrelid = $1::text::oid AND a.attnum > 0 AND NOT a.attisdropped ORDER BY a.attnum";
+
+/// Reads a relation by name, here or on the second server; None when there is none.
+pub fn describe<S: Session>(session: &mut S, rel: &RelName) -> Result<Option<Relation>> {
+    let rows = session.query(
+        &format!("{RELATION} WHERE n.nspname = $1::text::name AND c.relname = $2::text::name"),
+        &[Some(rel.schema.as_str()), Some(rel.name.as_str())],
+    )?;
+    relation(session, rows)
+}
+
+pub fn describe_oid<S: Session>(session: &mut S, oid: u32) -> Result<Option<Relation>> {
+    let rows = session.query(&format!("{RELATION} WHERE c.oid = $1::text::oid"), &[Some(&oid.to_string())])?;
+    relation(session, rows)
+}
+
+fn relation<S: Session>(session: &mut S, rows: Vec<Row>) -> Result<Option<Relation>> {
+    let Some(row) = rows.into_iter().next() else { return Ok(None) };
+    let field = |i: usize| row[i].as_deref().unwrap_or("");
+    let oid: u32 = parse(field(0))?;
+    let columns = session.query(COLUMNS, &[Some(&oid.to_string())])?.into_iter().map(column).collect::<Result<_>>()?;
+    let key = session.query(
+        "SELECT a.attname::text FROM pg_index i, unnest(i.indkey) WITH ORDINALITY k(attnum, n) \
+         JOIN pg_attribute a ON a.attnum = k.attnum WHERE i.indrelid = $1::text::oid AND i.indisprimary AND i.indimmediate AND a.attrelid = i.indrelid ORDER BY k.n",
+        &[Some(&oid.to_string())],
+    )?;
+    let first_char = |i: usize| field(i).chars().next().unwrap_or(' ');
+    Ok(Some(Relation {
+        table: Table {
+            rel: RelName::new(field(1), field(2)),
+            oid,
+            columns,
+            key: key.into_iter().filter_map(|mut r| r.pop().flatten()).map(Ident::new).collect(),
+            remote: RelName::new(field(10), field(11)),
+        },
+        kind: first_char(3),
+        persistence: first_char(4),
+        owner: parse(field(5))?,
+        row_security: field(6) == "t",
+        inherits: field(7) == "t",
+        server: row[8].as_deref().map(parse).transpose()?,
+        server_wrapper: row[9].clone(),
+    }))
+}
+
+fn column(row: Row) -> Result<Column> {
+    let field = |i: usize| row[i].clone().unwrap_or_default();
+    Ok(Column {
+        name: Ident::new(field(0)),
+        type_name: field(1),
+        cast_type: field(2),
+        type_oid: parse(&field(3))?,
+        not_null: field(4) == "t",
+        generated: field(5) == "t",
+        identity: row[6].as_deref().and_then(|s| s.chars().next()),
+        default: row[7].clone(),
+        collation: row[8].clone(),
+        remote_name: Ident::new(field(9)),
+    })
+}
+
+/// Is there an immediate, non-partial unique index over exactly these columns, all of them NOT NULL?
+pub fn is_key<S: Session>(session: &mut S, oid: u32, columns: &[Ident]) -> Result<bool> {
+    let names = array_literal(columns.iter().map(|c| c.as_str()));
+    let rows = session.query(
+        "SELECT count(*) FROM pg_index i WHERE i.indrelid = $1::text::oid AND i.indisunique AND i.indimmediate AND i.indisvalid \
+         AND i.indpred IS NULL AND i.indexprs IS NULL AND i.indnkeyatts = cardinality($2::text[]) \
+         AND (SELECT count(*) FROM pg_attribute a WHERE a.attrelid = i.indrelid AND a.attnum = ANY ((i.indkey::int2[])[0:i.indnkeyatts - 1]) \
+              AND a.attnotnull AND a.attname = ANY ($2::text[])) = i.indnkeyatts",
+        &[Some(&oid.to_string()), Some(&names)],
+    )?;
+    Ok(rows.first().and_then(|r| r[0].as_deref()) != Some("0"))
+}
+
+/// The options by which `owner` reaches a foreign server: the server's, then the user mapping's.
+pub fn connection_options<S: Session>(session: &mut S, server: u32, owner: u32) -> Result<Vec<(String, String)>> {
+    let rows = session.admin_query(
+        "SELECT option_name, option_value FROM pg_foreign_server s, pg_options_to_table(s.srvoptions) WHERE s.oid = $1::text::oid",
+        &[Some(&server.to_string())],
+    )?;
+    let mapping = session.admin_query(
+        "SELECT o.option_name, o.option_value FROM (SELECT u.umoptions, u.umuser FROM pg_user_mapping u \
+         WHERE u.umserver = $1::text::oid AND u.umuser IN (0, $2::text::oid) ORDER BY u.umuser DESC LIMIT 1) u, pg_options_to_table(u.umoptions) o",
+        &[Some(&server.to_string()), Some(&owner.to_string())],
+    )?;
+    let pairs = |rows: Vec<Row>| {
+        rows.into_iter().filter_map(|r| {
+            let mut r = r.into_iter();
+            Some((r.next()??, r.next()??))
+        })
+    };
+    Ok(pairs(rows).chain(pairs(mapping)).collect())
+}
+
+/// Records a change of state, in its transaction.
+pub fn record_history<S: Session>(
+    session: &mut S,
+    name: &str,
+    who: &str,
+    from: Option<State>,
+    to: State,
+    pause_ms: Option<f64>,
+    drained: Option<i64>,
+) -> Result<()> {
+    let (pause, drained) = (pause_ms.map(|p| format!("{p:.1}")), drained.map(|d| d.to_string()));
+    session
+        .admin_execute(
+            "INSERT INTO crossover.history (name, who, from_state, to_state, pause_ms, rows_drained) \
+             VALUES ($1::text, $2::text, $3::text, $4::text, $5::text::numeric, $6::text::bigint)",
+            &[Some(name), Some(who), from.map(|s| s.as_str()), Some(to.as_str()), pause.as_deref(), drained.as_deref()],
+        )
+        .map(drop)
+}

@@ -1,0 +1,320 @@
+//! Everything that is checked before a migration touches anything; all that is wrong is reported at once.
+//!
+//! Reads both catalogs in the caller's transactions. Expressions are tried by parsing them only: nothing runs.
+
+use std::collections::BTreeSet;
+
+use crate::catalog::{self, Migration, Relation};
+use crate::error::{Error, Problem, Result};
+use crate::mapping::ident::{Ident, RelName};
+use crate::mapping::model::{NamedTable, Takeover, Target};
+use crate::mapping::rule::Pair;
+use crate::mapping::table::{Table, key_family};
+use crate::mapping::text::array_literal;
+use crate::store::local::LocalSession;
+use crate::store::{Session, parse};
+
+/// What the check of the first server found: the pairs, and the foreign server that they all lie on.
+pub struct Checked {
+    pub pairs: Vec<Pair>,
+    pub first_tables: Vec<(u32, RelName)>,
+    pub server_id: u32,
+}
+
+/// Suffix of the first table's name once the managed view has taken it over.
+pub const FIRST_SUFFIX: &str = "__first";
+/// Suffix of the view over which UPDATE and DELETE run when the managed view is not auto-updatable.
+pub const WRITE_SUFFIX: &str = "__write";
+
+/// Checks the mapping against the first server.
+pub fn first_server(
+    session: &mut LocalSession,
+    migration: &Migration,
+    named: &[NamedTable],
+) -> Result<(Checked, Vec<Problem>)> {
+    let mut problems = Vec::new();
+    let encoding = session
+        .query("SELECT pg_encoding_to_char(encoding) FROM pg_database WHERE datname = current_database()", &[])?;
+    if encoding[0][0].as_deref() != Some("UTF8") {
+        problems
+            .push(Problem::new("database", "the encoding is not UTF8").hint("Other encodings are not supported yet."));
+    }
+    let mut checked = Checked { pairs: Vec::new(), first_tables: Vec::new(), server_id: 0 };
+    let mut servers = BTreeSet::new();
+    let first_oids = oids(session, named.iter().map(|n| &n.first))?;
+    for (i, named) in named.iter().enumerate() {
+        let first = catalog::describe(session, &named.first)?;
+        let second = catalog::describe(session, &named.second)?;
+        match &first {
+            None => problems.push(Problem::new(&named.first, "the table does not exist")),
+            Some(first) => first_table(session, migration, named, first, &first_oids, &mut problems)?,
+        }
+        match &second {
+            None => problems.push(
+                Problem::new(&named.second, "the foreign table does not exist")
+                    .hint("Create it with CREATE FOREIGN TABLE or IMPORT FOREIGN SCHEMA."),
+            ),
+            Some(second) if second.kind != 'f' => {
+                problems.push(Problem::new(&named.second, "is not a foreign table"));
+            }
+            Some(second) if second.server_wrapper.as_deref() != Some("postgres_fdw") => problems.push(
+                Problem::new(&named.second, "is not behind postgres_fdw").hint("Other wrappers are not supported yet."),
+            ),
+            Some(second) => {
+                owner(&named.second, second, migration, &mut problems);
+                servers.extend(second.server);
+            }
+        }
+        if let Some(view) = &named.second_view
+            && catalog::describe(session, view)?.is_some()
+        {
+            problems.push(
+                Problem::new(view, "already exists").hint("The view of the second shape is made by the migration."),
+            );
+        }
+        let (Some(first), Some(second)) = (first, second) else { continue };
+        let mut table = first.table.clone();
+        key(session, named, &mut table, &mut problems)?;
+        match Pair::compile(i, named, table, second.table) {
+            Ok(pair) => {
+                expressions(session, &pair, &mut problems)?;
+                checked.first_tables.push((first.table.oid, first.table.rel.clone()));
+                checked.pairs.push(pair);
+            }
+            Err(found) => problems.extend(found),
+        }
+    }
+    if servers.len() > 1 {
+        problems.push(Problem::new("mapping", "the foreign tables lie on more than one server"));
+    }
+    checked.server_id = servers.into_iter().next().unwrap_or(0);
+    Ok((checked, problems))
+}
+
+fn oids<'a>(session: &mut LocalSession, names: impl Iterator<Item = &'a RelName>) -> Result<Vec<u32>> {
+    let names = array_literal(names.map(|n| n.to_string()));
+    let rows = session.query("SELECT to_regclass(n)::oid::int8 FROM unnest($1::text[]) AS n", &[Some(&names)])?;
+    rows.iter().filter_map(|r| r[0].as_deref()).map(parse).collect()
+}
+
+fn owner(name: &RelName, relation: &Relation, migration: &Migration, problems: &mut Vec<Problem>) {
+    if relation.owner != migration.owner {
+        problems.push(
+            Problem::new(name, format!("is not owned by {}", migration.owner_name))
+                .hint("All tables of a migration belong to the role that starts it (SET ROLE)."),
+        );
+    }
+}
+
+fn first_table(
+    session: &mut LocalSession,
+    migration: &Migration,
+    named: &NamedTable,
+    first: &Relation,
+    all: &[u32],
+    problems: &mut Vec<Problem>,
+) -> Result<()> {
+    let mut problem = |message: &str, hint: &str| {
+        let p = Problem::new(&named.first, message);
+        problems.push(if hint.is_empty() { p } else { p.hint(hint) });
+    };
+    if first.kind == 'p' || first.inherits {
+        problem("is partitioned or part of an inheritance tree", "Not supported yet.");
+    } else if first.kind != 'r' {
+        problem("is not a table", "");
+    }
+    match first.persistence {
+        'u' => problem("is UNLOGGED: its rows would not survive a crash", "ALTER TABLE ... SET LOGGED first."),
+        't' => problem("is a temporary table", ""),
+        _ => {}
+    }
+    if first.row_security {
+        problem("has row security", "A view cannot carry its policies.");
+    }
+    let oid = first.table.oid.to_string();
+    let claimed = session.admin_query(
+        "SELECT m.name FROM crossover.migrated_table t JOIN crossover.migration m ON m.id = t.migration_id \
+         WHERE t.first_table = $1::text::oid AND m.state NOT IN ('finished', 'cancelled') AND m.id <> $2::text::int",
+        &[Some(&oid), Some(&migration.id.to_string())],
+    )?;
+    if let Some(name) = claimed.first().and_then(|r| r[0].as_deref()) {
+        problem(&format!("belongs to migration \"{name}\""), "");
+    }
+    let dependents = session.query(
+        "SELECT DISTINCT r.ev_class::regclass::text FROM pg_depend d JOIN pg_rewrite r ON r.oid = d.objid \
+         WHERE d.classid = 'pg_rewrite'::regclass AND d.refclassid = 'pg_class'::regclass AND d.refobjid = $1::text::oid AND r.ev_class <> d.refobjid",
+        &[Some(&oid)],
+    )?;
+    for row in dependents {
+        problem(
+            &format!("view {} depends on it", row[0].as_deref().unwrap_or("?")),
+            "Dependent views are not supported yet.",
+        );
+    }
+    if !migration.options.foreign_keys {
+        let keys = session.query(
+            "SELECT conname::text, conrelid::regclass::text FROM pg_constraint WHERE contype = 'f' AND ( \
+             (confrelid = $1::text::oid AND NOT conrelid = ANY ($2::text::oid[])) OR (conrelid = $1::text::oid AND NOT confrelid = ANY ($2::text::oid[])))",
+            &[Some(&oid), Some(&array_literal(all.iter().map(u32::to_string)))],
+        )?;
+        for row in keys {
+            problem(
+                &format!(
+                    "foreign key \"{}\" on {} leaves the migration",
+                    row[0].as_deref().unwrap_or("?"),
+                    row[1].as_deref().unwrap_or("?")
+                ),
+                "Migrate both tables together, or accept it with the option \"foreign_keys\".",
+            );
+        }
+    }
+    owner(&named.first, first, migration, problems);
+    for suffix in [FIRST_SUFFIX, WRITE_SUFFIX] {
+        let reserved = named.first.with_suffix(suffix);
+        if catalog::describe(session, &reserved)?.is_some() {
+            problems
+                .push(Problem::new(&named.first, format!("the name {reserved}, which the takeover needs, is taken")));
+        }
+    }
+    Ok(())
+}
+
+fn key(session: &mut LocalSession, named: &NamedTable, table: &mut Table, problems: &mut Vec<Problem>) -> Result<()> {
+    if let Some(declared) = &named.key {
+        table.key = declared.iter().map(Ident::new).collect();
+        if declared.is_empty() || !catalog::is_key(session, table.oid, &table.key)? {
+            problems.push(
+                Problem::new(&named.first, format!("no unique index makes ({}) a key", declared.join(", ")))
+                    .hint("A key is an immediate, non-partial unique index over NOT NULL columns."),
+            );
+        }
+    } else if table.key.is_empty() {
+        problems.push(
+            Problem::new(&named.first, "has no primary key")
+                .hint("Add one, or name the columns of a unique index in \"key\"."),
+        );
+    }
+    Ok(())
+}
+
+fn expressions(session: &mut LocalSession, pair: &Pair, problems: &mut Vec<Problem>) -> Result<()> {
+    session.savepoint()?;
+    session.batch(&search_path(&pair.first.rel))?;
+    let forward = pair.forward.iter().map(|rule| (rule, &pair.second, &pair.first, "forward"));
+    let backward = pair.backward.iter().map(|rule| (rule, &pair.first, &pair.second, "backward"));
+    for ((column, expression), target, source, direction) in forward.chain(backward) {
+        let object = format!("{direction}.{}", column.as_str());
+        let Some(target) = target.column(column) else { continue };
+        let sql = format!("SELECT ({expression})::{} FROM {}", target.type_name, source.rel);
+        session.savepoint()?;
+        match session.is_volatile(&sql) {
+            Ok(volatile) => {
+                session.release()?;
+                if volatile {
+                    problems.push(
+                        Problem::new(object, format!("the expression {expression} is volatile"))
+                            .hint("An expression must give the same value whenever it is evaluated."),
+                    );
+                }
+            }
+            Err(Error::Server { error, .. }) => {
+                session.rollback_to()?;
+                problems
+                    .push(Problem::new(object, format!("the expression {expression} is not valid: {}", error.message)));
+            }
+            Err(e) => return Err(e),
+        }
+    }
+    session.rollback_to()
+}
+
+/// Where the names in a table's expressions are looked up: its own schema, then public.
+pub fn search_path(rel: &RelName) -> String {
+    format!("SET LOCAL search_path = {}, public", rel.schema)
+}
+
+/// Checks the mapping against the second server, and describes its tables.
+pub fn second_server<S: Session>(
+    session: &mut S,
+    migration: &Migration,
+    pairs: &[Pair],
+) -> Result<(Vec<Table>, Vec<Problem>)> {
+    let mut problems = Vec::new();
+    let mut tables = Vec::new();
+    let version =
+        session.query("SELECT current_setting('server_version_num')::int >= 150000, pg_is_in_recovery()", &[])?;
+    if version[0][0].as_deref() != Some("t") {
+        problems.push(Problem::new("second server", "is older than PostgreSQL 15"));
+    }
+    if version[0][1].as_deref() == Some("t") {
+        problems.push(Problem::new("second server", "is a standby"));
+    }
+    for pair in pairs {
+        let name = &pair.second.remote;
+        let object = format!("{name} on the second server");
+        let Some(mut found) = catalog::describe(session, name)? else {
+            problems.push(
+                Problem::new(object, "the table does not exist")
+                    .hint("Create it there, or correct the foreign table's options."),
+            );
+            continue;
+        };
+        if found.kind != 'r' {
+            problems.push(Problem::new(&object, "is not an ordinary table").hint("Not supported yet."));
+            continue;
+        }
+        if found.persistence == 'u' {
+            problems.push(Problem::new(&object, "is UNLOGGED: its rows would not survive a crash"));
+        }
+        for column in pair.second.columns.iter().filter(|c| !c.generated) {
+            match found.table.column(&column.remote_name) {
+                None => problems.push(Problem::new(&object, format!("has no column {}", column.remote_name))),
+                Some(remote) if remote.generated => {
+                    problems.push(Problem::new(&object, format!("column {} is generated", column.remote_name)));
+                }
+                Some(_) => {}
+            }
+        }
+        let key = crate::context::remote_key(pair);
+        for ((first, _), remote) in pair.key.iter().zip(&key) {
+            if let (Some(a), Some(b)) = (pair.first.column(first), found.table.column(remote))
+                && key_family(a.type_oid) != key_family(b.type_oid)
+            {
+                problems.push(Problem::new(
+                    &object,
+                    format!("key column {remote} has type {}, but {first} has type {}", b.type_name, a.type_name),
+                ));
+            }
+        }
+        if !catalog::is_key(session, found.table.oid, &key)? {
+            let columns: Vec<String> = key.iter().map(|k| k.to_string()).collect();
+            problems.push(
+                Problem::new(&object, format!("no unique index makes ({}) a key", columns.join(", ")))
+                    .hint("Add a primary key over exactly these columns."),
+            );
+        }
+        let capture = session.query(
+            "SELECT count(*) FROM pg_trigger WHERE tgrelid = $1::text::oid AND tgname LIKE 'crossover\\_%'",
+            &[Some(&found.table.oid.to_string())],
+        )?;
+        if capture[0][0].as_deref() != Some("0") {
+            problems.push(Problem::new(&object, "belongs to another migration"));
+        }
+        if migration.options.target == Target::Empty
+            && session.query(&format!("SELECT EXISTS (SELECT FROM {name})"), &[])?[0][0].as_deref() == Some("t")
+        {
+            problems.push(
+                Problem::new(&object, "is not empty")
+                    .hint("Empty it, or start with the option {\"target\": \"truncate\"}."),
+            );
+        }
+        found.table.key = key;
+        tables.push(found.table);
+    }
+    Ok((tables, problems))
+}
+
+/// Does this migration take the names over at its start?
+pub fn takes_over_at_start(migration: &Migration) -> bool {
+    migration.options.takeover == Takeover::Start
+}

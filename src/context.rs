@@ -1,0 +1,198 @@
+//! A migration as its workers hold it: its row, its pairs of tables, its two stores.
+
+use std::time::{Duration, Instant};
+
+use crate::catalog::{self, Migration};
+use crate::error::{Error, Result, Side};
+use crate::mapping::ident::RelName;
+use crate::mapping::model::{Mapping, NamedTable};
+use crate::mapping::rule::Pair;
+use crate::mapping::sql::{Objects, StoreTable};
+use crate::mapping::table::Table;
+use crate::store::local::LocalSession;
+use crate::store::postgres::{RemoteSession, Target};
+use crate::store::{Isolation, Session, Store};
+
+pub struct Context {
+    pub migration: Migration,
+    pub pairs: Vec<Pair>,
+    /// The first tables by oid, and their present names.
+    pub first_tables: Vec<(u32, RelName)>,
+    pub first: Store<LocalSession>,
+    pub second: Option<Store<RemoteSession>>,
+    /// Second tables as their own server describes them; read at the first connection.
+    remote: Vec<Table>,
+}
+
+pub type FirstStore = Store<LocalSession>;
+pub type SecondStore = Store<RemoteSession>;
+
+/// How long connecting to the second server may take.
+const CONNECT_PATIENCE: Duration = Duration::from_secs(5);
+
+impl Context {
+    /// Reads the migration; in transactions of its own. Connects to nothing.
+    pub fn load(session: LocalSession, id: i32) -> Result<Option<Context>> {
+        let mut session = session;
+        session.begin(Isolation::ReadCommitted, &[])?;
+        let migration = Migration::load(&mut session, id);
+        session.rollback();
+        let Some(migration) = migration? else { return Ok(None) };
+        let objects = Objects::new(Side::First, &migration.tag);
+        let first = Store { session, objects, tables: Vec::new() };
+        Ok(Some(Context {
+            migration,
+            pairs: Vec::new(),
+            first_tables: Vec::new(),
+            first,
+            second: None,
+            remote: Vec::new(),
+        }))
+    }
+
+    /// Reads state, phase and the like anew. False when the migration is gone.
+    pub fn reload(&mut self) -> Result<bool> {
+        self.first.session.begin(Isolation::ReadCommitted, &[])?;
+        let migration = Migration::load(&mut self.first.session, self.migration.id);
+        self.first.session.rollback();
+        match migration? {
+            Some(migration) => {
+                self.migration = migration;
+                Ok(true)
+            }
+            None => Ok(false),
+        }
+    }
+
+    pub fn named_tables(&self) -> Result<Vec<NamedTable>> {
+        Mapping::parse(&self.migration.mapping)
+            .map_err(|problems| Error::Mapping { name: self.migration.name.clone(), problems })
+    }
+
+    /// Describes the tables and compiles the rules, once capture is installed. Needs no second server.
+    pub fn load_tables(&mut self) -> Result<()> {
+        let named = self.named_tables()?;
+        let session = &mut self.first.session;
+        session.begin(Isolation::ReadCommitted, &[])?;
+        let loaded = load_pairs(session, &self.migration, &named);
+        session.rollback();
+        (self.pairs, self.first_tables) = loaded?;
+        self.refresh_first();
+        Ok(())
+    }
+
+    pub fn set_tables(&mut self, pairs: Vec<Pair>, first_tables: Vec<(u32, RelName)>, remote: Vec<Table>) {
+        (self.pairs, self.first_tables, self.remote) = (pairs, first_tables, remote);
+        self.refresh_first();
+        self.refresh_second();
+    }
+
+    fn refresh_first(&mut self) {
+        let objects = &self.first.objects;
+        self.first.tables =
+            self.pairs.iter().zip(&self.first_tables).map(|(p, (_, rel))| StoreTable::first(p, objects, rel)).collect();
+    }
+
+    fn refresh_second(&mut self) {
+        if let Some(second) = &mut self.second {
+            second.tables = self.pairs.iter().zip(&self.remote).map(|(p, t)| StoreTable::second(p, t)).collect();
+        }
+    }
+
+    /// The present names of the first tables, after a takeover or its undoing.
+    pub fn rename_first(&mut self, names: Vec<RelName>) {
+        for ((_, rel), name) in self.first_tables.iter_mut().zip(names) {
+            *rel = name;
+        }
+        self.refresh_first();
+    }
+
+    pub fn target(&mut self) -> Result<Target> {
+        let (server, owner) = (self.migration.server_id, self.migration.owner);
+        let session = &mut self.first.session;
+        session.begin(Isolation::ReadCommitted, &[])?;
+        let options = catalog::connection_options(session, server, owner);
+        let superuser =
+            session.admin_query("SELECT rolsuper FROM pg_roles WHERE oid = $1::text::oid", &[Some(&owner.to_string())]);
+        session.rollback();
+        let superuser = superuser?.first().and_then(|r| r[0].as_deref()) == Some("t");
+        Ok(Target::new(options?, !superuser))
+    }
+
+    /// Connects to the second server if there is no connection, or a broken one.
+    pub fn connect(&mut self) -> Result<()> {
+        if self.second.as_ref().is_some_and(|s| !s.session.is_broken()) {
+            return Ok(());
+        }
+        self.second = None;
+        let target = self.target()?;
+        let session = RemoteSession::connect(&target, Some(Instant::now() + CONNECT_PATIENCE))?;
+        let objects = Objects::new(Side::Second, &self.migration.tag);
+        let mut second = Store { session, objects, tables: Vec::new() };
+        if self.remote.is_empty() && !self.pairs.is_empty() {
+            let mut remote = Vec::new();
+            for pair in &self.pairs {
+                let mut found = catalog::describe(&mut second.session, &pair.second.remote)?.ok_or_else(|| {
+                    Error::internal(format!("table {} is gone on the second server", pair.second.remote))
+                })?;
+                found.table.key = remote_key(pair);
+                remote.push(found.table);
+            }
+            self.remote = remote;
+        }
+        self.second = Some(second);
+        self.refresh_second();
+        Ok(())
+    }
+
+    /// Both stores, once connected.
+    pub fn stores(&mut self) -> Result<(&mut FirstStore, &mut SecondStore)> {
+        let second = self.second.as_mut().ok_or_else(|| Error::internal("not connected"))?;
+        Ok((&mut self.first, second))
+    }
+
+    /// Ends whatever transactions an error has left open.
+    pub fn rollback_all(&mut self) {
+        self.first.session.rollback();
+        if let Some(second) = &mut self.second {
+            second.session.rollback();
+            second.session.set_deadline(None);
+            if second.session.is_broken() {
+                self.second = None;
+            }
+        }
+    }
+}
+
+/// The key of a pair by the columns' names on the second server.
+pub fn remote_key(pair: &Pair) -> Vec<crate::mapping::ident::Ident> {
+    pair.key.iter().filter_map(|(_, b)| pair.second.column(b)).map(|c| c.remote_name.clone()).collect()
+}
+
+type Loaded = (Vec<Pair>, Vec<(u32, RelName)>);
+
+fn load_pairs(session: &mut LocalSession, migration: &Migration, named: &[NamedTable]) -> Result<Loaded> {
+    let rows = session.admin_query(
+        "SELECT first_table::int8 FROM crossover.migrated_table WHERE migration_id = $1::text::int ORDER BY index",
+        &[Some(&migration.id.to_string())],
+    )?;
+    let (mut pairs, mut tables) = (Vec::new(), Vec::new());
+    for (i, (named, row)) in named.iter().zip(rows).enumerate() {
+        let oid: u32 = crate::store::parse(row[0].as_deref().unwrap_or("0"))?;
+        let gone = |rel: &RelName| Error::internal(format!("table {rel} is gone"));
+        let first = catalog::describe_oid(session, oid)?.ok_or_else(|| gone(&named.first))?;
+        let second = catalog::describe(session, &named.second)?.ok_or_else(|| gone(&named.second))?;
+        tables.push((oid, first.table.rel.clone()));
+        let mut first = first.table;
+        // Rules speak of the table by the name that it had, whatever it is called now.
+        first.rel = named.first.clone();
+        if let Some(key) = &named.key {
+            first.key = key.iter().map(crate::mapping::ident::Ident::new).collect();
+        }
+        pairs.push(
+            Pair::compile(i, named, first, second.table)
+                .map_err(|problems| Error::Mapping { name: migration.name.clone(), problems })?,
+        );
+    }
+    Ok((pairs, tables))
+}

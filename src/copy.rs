@@ -1,0 +1,284 @@
+//! The initial copy: key-ordered chunks, several workers, each chunk's checkpoint committed with its rows.
+//!
+//! Capture is there before the first chunk is read, and its backlog is applied only after the last: what a chunk shows of
+//! a row that changes meanwhile does not matter, and nothing that was deleted comes back. A chunk holds a snapshot for
+//! its own length only.
+
+use std::time::Duration;
+
+use crate::catalog;
+use crate::context::Context;
+use crate::cycle;
+use crate::error::{Error, Result};
+use crate::fault;
+use crate::mapping::text::copy_line;
+use crate::store::{Isolation, Session, parse};
+
+/// Bytes collected before they are handed to the connection.
+const BUFFER: usize = 64 * 1024;
+/// Rows fetched at a time.
+const FETCH: i64 = 500;
+
+/// A part of the copy: keys after `after` (exclusive) up to `last` (inclusive).
+#[derive(Debug)]
+struct Chunk {
+    index: usize,
+    number: i64,
+    after: Option<String>,
+    last: Option<String>,
+}
+
+/// Copies chunk after chunk until none is left or the migration is not copying any more. The body of a copy worker.
+pub fn work(ctx: &mut Context) -> Result<()> {
+    loop {
+        crate::lock::wait_latch(Duration::ZERO);
+        if !ctx.reload()? || ctx.migration.paused || ctx.migration.phase != crate::state::Phase::Copying {
+            return Ok(());
+        }
+        ctx.connect()?;
+        let Some(chunk) = claim(ctx)? else { return Ok(()) };
+        fault::point("copy:claimed")?;
+        let rows = match copy(ctx, &chunk) {
+            Err(e) if e.is_rejected_row() => {
+                ctx.rollback_all();
+                ctx.connect()?;
+                copy_row_by_row(ctx, &chunk)?
+            }
+            other => other?,
+        };
+        fault::point("copy:committed")?;
+        done(ctx, &chunk, rows)?;
+    }
+}
+
+/// Is every chunk of every table on the second store?
+pub fn is_complete(ctx: &mut Context) -> Result<bool> {
+    let rows = ctx.first.session.read(
+        "SELECT NOT EXISTS (SELECT FROM crossover.migrated_table WHERE migration_id = $1::text::int AND NOT handed_out) \
+            AND NOT EXISTS (SELECT FROM crossover.chunk WHERE migration_id = $1::text::int)",
+        &[Some(&ctx.migration.id.to_string())],
+    )?;
+    Ok(rows[0][0].as_deref() == Some("t"))
+}
+
+/// Takes over a chunk whose worker died, or hands out the next one. A transaction of its own; other workers wait for it.
+fn claim(ctx: &mut Context) -> Result<Option<Chunk>> {
+    let session = &mut ctx.first.session;
+    session.begin(Isolation::ReadCommitted, &[])?;
+    let chunk = claim_in(ctx);
+    match &chunk {
+        Ok(_) => ctx.first.session.commit()?,
+        Err(_) => ctx.first.session.rollback(),
+    }
+    chunk
+}
+
+fn claim_in(ctx: &mut Context) -> Result<Option<Chunk>> {
+    let id = ctx.migration.id.to_string();
+    let size = ctx.migration.options.chunk_rows.to_string();
+    let first = &mut ctx.first;
+    let orphan = first.session.admin_query(
+        "UPDATE crossover.chunk c SET worker = pg_backend_pid() WHERE (migration_id, index, chunk) = ( \
+            SELECT migration_id, index, chunk FROM crossover.chunk o WHERE migration_id = $1::text::int \
+               AND (worker = pg_backend_pid() OR NOT EXISTS (SELECT FROM pg_stat_activity a WHERE a.pid = o.worker AND a.backend_type = 'pg_crossover copy')) \
+             ORDER BY index, chunk LIMIT 1 FOR UPDATE SKIP LOCKED) RETURNING index, chunk, after_key, last_key",
+        &[Some(&id)],
+    )?;
+    if let Some(row) = orphan.into_iter().next() {
+        return Ok(Some(Chunk {
+            index: parse(row[0].as_deref().unwrap_or(""))?,
+            number: parse(row[1].as_deref().unwrap_or(""))?,
+            after: row[2].clone(),
+            last: row[3].clone(),
+        }));
+    }
+    let next = first.session.admin_query(
+        "SELECT index, last_chunk, last_key FROM crossover.migrated_table WHERE migration_id = $1::text::int AND NOT handed_out \
+         ORDER BY index LIMIT 1 FOR UPDATE",
+        &[Some(&id)],
+    )?;
+    let Some(row) = next.into_iter().next() else {
+        // FOR UPDATE may have waited for a worker that handed the table's last chunk out; look for another table.
+        let left = first.session.admin_query(
+            "SELECT EXISTS (SELECT FROM crossover.migrated_table WHERE migration_id = $1::text::int AND NOT handed_out)",
+            &[Some(&id)],
+        )?;
+        return if left[0][0].as_deref() == Some("t") { claim_in(ctx) } else { Ok(None) };
+    };
+    let index: usize = parse(row[0].as_deref().unwrap_or(""))?;
+    let number: i64 = parse::<i64>(row[1].as_deref().unwrap_or(""))? + 1;
+    let after = row[2].clone();
+    let sql = first.table(index).chunk_end();
+    let last = first.one(&sql, &[after.as_deref(), Some(&size)])?;
+    let (i, n) = (index.to_string(), number.to_string());
+    first.session.admin_execute(
+        "UPDATE crossover.migrated_table SET last_chunk = $3::text::bigint, last_key = $4::text, handed_out = $4 IS NULL, \
+         copy_started = coalesce(copy_started, clock_timestamp()) WHERE migration_id = $1::text::int AND index = $2::text::int",
+        &[Some(&id), Some(&i), Some(&n), last.as_deref()],
+    )?;
+    first.session.admin_execute(
+        "INSERT INTO crossover.chunk (migration_id, index, chunk, after_key, last_key, worker) \
+         VALUES ($1::text::int, $2::text::int, $3::text::bigint, $4::text, $5::text, pg_backend_pid())",
+        &[Some(&id), Some(&i), Some(&n), after.as_deref(), last.as_deref()],
+    )?;
+    Ok(Some(Chunk { index, number, after, last }))
+}
+
+/// The rows of a chunk that is on the second store already; a crash came between its commit and ours.
+fn checkpoint(ctx: &mut Context, chunk: &Chunk) -> Result<Option<u64>> {
+    let (_, second) = ctx.stores()?;
+    let sql = format!(
+        "SELECT rows FROM {} WHERE source = $1::text::int AND chunk = $2::text::bigint",
+        second.objects.chunk()
+    );
+    let rows = second.one(&sql, &[Some(&chunk.index.to_string()), Some(&chunk.number.to_string())])?;
+    rows.map(|r| parse(&r)).transpose()
+}
+
+/// Copies one chunk with COPY: one snapshot here, one transaction there.
+fn copy(ctx: &mut Context, chunk: &Chunk) -> Result<u64> {
+    if let Some(rows) = checkpoint(ctx, chunk)? {
+        return Ok(rows);
+    }
+    let (first, second) = ctx.stores()?;
+    let (query, copy_in) = (first.table(chunk.index).chunk(), second.table(chunk.index).copy_in());
+    let lock = vec![first.table(chunk.index).rel.to_string()];
+    first.session.begin(Isolation::RepeatableRead, &lock)?;
+    second.begin_write()?;
+    second.session.copy().copy_in(&copy_in)?;
+    let mut buffer = Vec::with_capacity(BUFFER + 4096);
+    let connection = second.session.copy();
+    let rows = first.session.stream(&query, &[chunk.after.as_deref(), chunk.last.as_deref()], FETCH, |row| {
+        copy_line(&mut buffer, row.iter().copied());
+        if buffer.len() >= BUFFER {
+            connection.copy_data(&buffer)?;
+            buffer.clear();
+        }
+        Ok(())
+    })?;
+    second.session.copy().copy_data(&buffer)?;
+    second.session.copy().copy_end(None)?;
+    first.end_read()?;
+    commit_chunk(ctx, chunk, rows)?;
+    Ok(rows)
+}
+
+/// Two snapshots can show one unique value twice, and a target may refuse a row: then the chunk's rows are written one by
+/// one where need be, and those that do not go in are owed.
+fn copy_row_by_row(ctx: &mut Context, chunk: &Chunk) -> Result<u64> {
+    let (first, second) = ctx.stores()?;
+    let sql = first.table(chunk.index).derive_chunk();
+    let lock = vec![first.table(chunk.index).rel.to_string()];
+    first.session.begin(Isolation::RepeatableRead, &lock)?;
+    let rows = first.session.query(&sql, &[chunk.after.as_deref(), chunk.last.as_deref()])?;
+    first.end_read()?;
+    let rows: std::collections::BTreeMap<String, String> =
+        rows.into_iter().filter_map(|mut r| Some((r[0].take()?, r[1].take()?))).collect();
+    second.begin_write()?;
+    let mut owed = Vec::new();
+    let written = cycle::write_rows(second, chunk.index, &rows, &mut owed, None, &|_| 0)?;
+    second.set_owed(chunk.index, &[], &owed)?;
+    commit_chunk(ctx, chunk, written)?;
+    Ok(written)
+}
+
+fn commit_chunk(ctx: &mut Context, chunk: &Chunk, rows: u64) -> Result<()> {
+    let (_, second) = ctx.stores()?;
+    let sql =
+        format!("INSERT INTO {} VALUES ($1::text::int, $2::text::bigint, $3::text::bigint)", second.objects.chunk());
+    second
+        .session
+        .execute(&sql, &[Some(&chunk.index.to_string()), Some(&chunk.number.to_string()), Some(&rows.to_string())])?;
+    fault::point("copy:sent")?;
+    second.session.commit()
+}
+
+fn done(ctx: &mut Context, chunk: &Chunk, rows: u64) -> Result<()> {
+    let session = &mut ctx.first.session;
+    let (id, i) = (ctx.migration.id.to_string(), chunk.index.to_string());
+    session.begin(Isolation::ReadCommitted, &[])?;
+    let result = session
+        .admin_execute(
+            "DELETE FROM crossover.chunk WHERE migration_id = $1::text::int AND index = $2::text::int AND chunk = $3::text::bigint",
+            &[Some(&id), Some(&i), Some(&chunk.number.to_string())],
+        )
+        .and_then(|_| {
+            session.admin_execute(
+                "UPDATE crossover.migrated_table t SET rows_copied = rows_copied + $3::text::bigint, copy_finished = CASE WHEN handed_out AND NOT EXISTS ( \
+                    SELECT FROM crossover.chunk c WHERE c.migration_id = t.migration_id AND c.index = t.index) THEN clock_timestamp() END \
+                 WHERE migration_id = $1::text::int AND index = $2::text::int",
+                &[Some(&id), Some(&i), Some(&rows.to_string())],
+            )
+        })
+        .and_then(|_| session.commit());
+    if result.is_err() {
+        session.rollback();
+    }
+    result
+}
+
+/// Statistics for tables that nobody has analyzed: before a store is exposed for the first time.
+pub fn analyze(ctx: &mut Context) -> Result<()> {
+    let names: Vec<String> = ctx.pairs.iter().map(|p| p.second.rel.to_string()).collect();
+    let (_, second) = ctx.stores()?;
+    for i in 0..second.tables.len() {
+        let sql = format!("ANALYZE {}", second.tables[i].rel);
+        second.session.batch(&sql)?;
+    }
+    for name in names {
+        let session = &mut ctx.first.session;
+        session.begin(Isolation::ReadCommitted, &[])?;
+        match session.batch(&format!("ANALYZE {name}")) {
+            Ok(()) => session.commit()?,
+            Err(e) => {
+                session.rollback();
+                return Err(e);
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Marks the copy as complete: from now on its backlog is applied.
+pub fn complete(ctx: &mut Context) -> Result<()> {
+    ctx.migration.phase = crate::state::Phase::CatchingUp;
+    ctx.first.session.begin(Isolation::ReadCommitted, &[])?;
+    let result = ctx.migration.store(&mut ctx.first.session).and_then(|()| ctx.first.session.commit());
+    if result.is_err() {
+        ctx.first.session.rollback();
+    }
+    result
+}
+
+/// `copying` to `first`.
+pub fn enter_first(ctx: &mut Context, rows: u64) -> Result<()> {
+    let from = ctx.migration.state;
+    ctx.migration.state = crate::state::State::First;
+    ctx.migration.phase = crate::state::Phase::Replicating;
+    ctx.first.session.begin(Isolation::ReadCommitted, &[])?;
+    let result = ctx
+        .migration
+        .store(&mut ctx.first.session)
+        .and_then(|()| {
+            let (name, owner) = (ctx.migration.name.clone(), ctx.migration.owner_name.as_str().to_string());
+            catalog::record_history(
+                &mut ctx.first.session,
+                &name,
+                &owner,
+                Some(from),
+                ctx.migration.state,
+                None,
+                Some(rows as i64),
+            )
+        })
+        .and_then(|()| ctx.first.session.commit());
+    if result.is_err() {
+        ctx.first.session.rollback();
+        ctx.migration.state = from;
+        ctx.migration.phase = crate::state::Phase::CatchingUp;
+    }
+    result.map_err(|e| match e {
+        Error::Internal(m) => Error::Internal(format!("copy: {m}")),
+        e => e,
+    })
+}

@@ -1,0 +1,250 @@
+//! What can go wrong, and how PostgreSQL says it: SQLSTATE, message, detail, hint.
+//!
+//! Every fallible function of the crate returns [`Result`]. Only `api` and the workers turn an [`Error`]
+//! into a report; whether a failure is worth retrying is decided here, by the class of its SQLSTATE.
+
+use std::fmt;
+
+use pgrx::pg_sys::errcodes::PgSqlErrorCode;
+
+use crate::state::State;
+
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// The server that reported an error.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Side {
+    First,
+    Second,
+}
+
+impl fmt::Display for Side {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Side::First => "first",
+            Side::Second => "second",
+        })
+    }
+}
+
+/// An error as a PostgreSQL server reports it.
+#[derive(Debug, Clone)]
+pub struct ServerError {
+    pub sqlstate: String,
+    pub message: String,
+    pub detail: Option<String>,
+    pub hint: Option<String>,
+}
+
+/// One finding of the check that precedes a migration.
+#[derive(Debug, Clone)]
+pub struct Problem {
+    /// What it is about: a table, a column, a key of the mapping.
+    pub object: String,
+    pub message: String,
+    pub hint: Option<String>,
+}
+
+impl Problem {
+    pub fn new(object: impl fmt::Display, message: impl Into<String>) -> Self {
+        Problem { object: object.to_string(), message: message.into(), hint: None }
+    }
+
+    pub fn hint(mut self, hint: impl Into<String>) -> Self {
+        self.hint = Some(hint.into());
+        self
+    }
+}
+
+/// Who keeps a lock attempt from its lock.
+#[derive(Debug, Clone, Default)]
+pub struct InTheWay {
+    /// One line each: pid, application, state, age of the transaction; or a prepared transaction.
+    pub holders: Vec<String>,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("{}", error.message)]
+    Server { side: Side, error: ServerError },
+    #[error("no connection to the second server: {message}")]
+    RemoteConnection { message: String },
+    #[error("the second server did not answer in time")]
+    RemoteTimeout,
+    #[error("password is required to connect to the second server")]
+    PasswordRequired,
+    #[error("migration \"{name}\" cannot go from {from} to {to}")]
+    Transition { name: String, from: State, to: State },
+    #[error("migration \"{name}\" cannot {action} in state {state}")]
+    WrongState { name: String, action: &'static str, state: State, hint: &'static str },
+    #[error("migration \"{name}\" does not exist")]
+    UnknownMigration { name: String },
+    #[error("migration \"{name}\" already exists")]
+    NameTaken { name: String },
+    #[error("the mapping of migration \"{name}\" has {} problem{}", problems.len(), if problems.len() == 1 { "" } else { "s" })]
+    Mapping { name: String, problems: Vec<Problem> },
+    #[error("{message}")]
+    BadArgument { message: String, hint: String },
+    #[error("could not lock out the writers of migration \"{name}\" within {waited_ms} ms")]
+    LockTimeout { name: String, waited_ms: u64, in_the_way: InTheWay },
+    /// One attempt of several; never reaches a client.
+    #[error("lock not available")]
+    LockNotAvailable,
+    #[error("migration \"{name}\" did not get there within {waited_ms} ms")]
+    Timeout { name: String, waited_ms: u64, detail: String },
+    #[error("migration \"{name}\" has {count} parked row{}", if *count == 1 { "" } else { "s" })]
+    Parked { name: String, count: i64 },
+    #[error("the backlog of migration \"{name}\" cannot be applied within the timeout")]
+    Backlog { name: String, detail: String },
+    #[error("the stores of migration \"{name}\" have diverged")]
+    Diverged { name: String, detail: String },
+    #[error("pg_crossover is not loaded by shared_preload_libraries")]
+    NotPreloaded,
+    #[error("could not start a background worker")]
+    NoWorkerSlot,
+    #[error("must be owner of migration \"{name}\"")]
+    NotOwner { name: String },
+    /// A request that another backend carried out failed there.
+    #[error("{message}")]
+    Request { sqlstate: String, message: String, detail: Option<String>, hint: Option<String> },
+    /// Only with the feature `fault-points`.
+    #[error("fault injected at {0}")]
+    Fault(&'static str),
+    #[error("{0}")]
+    Internal(String),
+}
+
+impl Error {
+    pub fn internal(message: impl Into<String>) -> Self {
+        Error::Internal(message.into())
+    }
+
+    pub fn sqlstate(&self) -> String {
+        match self {
+            Error::Server { error, .. } => error.sqlstate.clone(),
+            Error::Request { sqlstate, .. } => sqlstate.clone(),
+            Error::RemoteConnection { .. } => "08001".into(),
+            Error::RemoteTimeout => "08006".into(),
+            Error::PasswordRequired => "2F003".into(),
+            Error::Transition { .. } | Error::WrongState { .. } | Error::Parked { .. } => "55000".into(),
+            Error::Diverged { .. } | Error::NotPreloaded => "55000".into(),
+            Error::UnknownMigration { .. } => "42704".into(),
+            Error::NameTaken { .. } => "42710".into(),
+            Error::Mapping { .. } | Error::BadArgument { .. } => "22023".into(),
+            Error::LockTimeout { .. } | Error::LockNotAvailable => "55P03".into(),
+            Error::Timeout { .. } | Error::Backlog { .. } => "57014".into(),
+            Error::NoWorkerSlot => "53000".into(),
+            Error::NotOwner { .. } => "42501".into(),
+            Error::Fault(_) => "58000".into(),
+            Error::Internal(_) => "XX000".into(),
+        }
+    }
+
+    pub fn detail(&self) -> Option<String> {
+        match self {
+            Error::Server { error, .. } => error.detail.clone(),
+            Error::Request { detail, .. } => detail.clone(),
+            Error::Mapping { problems, .. } => Some(
+                problems
+                    .iter()
+                    .map(|p| match &p.hint {
+                        Some(hint) => format!("{}: {} ({hint})", p.object, p.message),
+                        None => format!("{}: {}", p.object, p.message),
+                    })
+                    .collect::<Vec<_>>()
+                    .join("\n"),
+            ),
+            Error::LockTimeout { in_the_way, .. } if !in_the_way.holders.is_empty() => {
+                Some(format!("In the way:\n{}", in_the_way.holders.join("\n")))
+            }
+            Error::Timeout { detail, .. } | Error::Backlog { detail, .. } | Error::Diverged { detail, .. } => {
+                Some(detail.clone())
+            }
+            _ => None,
+        }
+    }
+
+    pub fn hint(&self) -> Option<String> {
+        let hint = match self {
+            Error::Server { error, .. } => return error.hint.clone(),
+            Error::Request { hint, .. } => return hint.clone(),
+            Error::BadArgument { hint, .. } => hint.clone(),
+            Error::WrongState { hint, .. } => (*hint).to_string(),
+            Error::Transition { from, .. } => from.allowed_hint(),
+            Error::RemoteConnection { .. } | Error::RemoteTimeout => {
+                "Check that the second server runs, and the options of the foreign server and the user mapping.".into()
+            }
+            Error::PasswordRequired => {
+                "A migration owned by a role that is not a superuser needs a password in the user mapping, and a second server that asks for it.".into()
+            }
+            Error::UnknownMigration { .. } => "SELECT name, state FROM migration_status lists the migrations of this database.".into(),
+            Error::NameTaken { .. } => "Choose another name, or end the other migration with migration_finish or migration_cancel.".into(),
+            Error::Mapping { .. } => "Nothing was changed. Correct the mapping and call migration_start again.".into(),
+            Error::LockTimeout { .. } => {
+                "The state has not changed. Let the transactions above end, or call again with a longer timeout.".into()
+            }
+            Error::Timeout { .. } => "See migration_status and migration_progress; call again with a longer timeout.".into(),
+            Error::Backlog { .. } => "Wait with migration_wait, then call again.".into(),
+            Error::Parked { name, .. } => {
+                format!("SELECT * FROM migration_conflicts WHERE name = '{}' AND kind = 'parked' AND resolved_at IS NULL shows them.", name.replace('\'', "''"))
+            }
+            Error::NotPreloaded => {
+                "Add pg_crossover to shared_preload_libraries in postgresql.conf and restart the server.".into()
+            }
+            Error::NoWorkerSlot => "Raise max_worker_processes and restart the server.".into(),
+            Error::Diverged { .. } => "No store is newly exposed until the stores have been compared and repaired.".into(),
+            _ => return None,
+        };
+        Some(hint)
+    }
+
+    fn class_is(&self, classes: &[&str]) -> bool {
+        let code = self.sqlstate();
+        classes.iter().any(|c| code.starts_with(c))
+    }
+
+    /// The target refuses this very row: a constraint (23), a cast or a value out of range (22).
+    pub fn is_rejected_row(&self) -> bool {
+        matches!(self, Error::Server { .. }) && self.class_is(&["22", "23"])
+    }
+
+    /// A client held the lock, or the replicator gave way to one.
+    pub fn is_contention(&self) -> bool {
+        matches!(self, Error::LockNotAvailable)
+            || matches!(self, Error::Server { .. }) && self.class_is(&["55P03", "40001", "40P01", "57014"])
+    }
+}
+
+/// Reports `error` as PostgreSQL does; never returns.
+pub fn report(error: &Error) -> ! {
+    raise(pgrx::PgLogLevel::ERROR, error);
+    unreachable!("an error report does not return")
+}
+
+/// Reports `error` at `level`.
+pub fn raise(level: pgrx::PgLogLevel, error: &Error) {
+    let mut report = pgrx::pg_sys::panic::ErrorReport::new(code(&error.sqlstate()), error.to_string(), "pg_crossover");
+    if let Some(detail) = error.detail() {
+        report = report.set_detail(detail);
+    }
+    if let Some(hint) = error.hint() {
+        report = report.set_hint(hint);
+    }
+    report.report(level);
+}
+
+/// PostgreSQL packs a SQLSTATE into six bits a character (`MAKE_SQLSTATE`).
+fn code(sqlstate: &str) -> PgSqlErrorCode {
+    let packed = sqlstate
+        .bytes()
+        .take(5)
+        .enumerate()
+        .fold(0i32, |acc, (i, b)| acc | ((i32::from(b).wrapping_sub(i32::from(b'0')) & 0x3F) << (6 * i)));
+    PgSqlErrorCode::from(packed)
+}
+
+/// The five characters of a packed SQLSTATE.
+pub fn unpack(code: PgSqlErrorCode) -> String {
+    let packed = code as i32;
+    (0..5).map(|i| (((packed >> (6 * i)) & 0x3F) as u8 + b'0') as char).collect()
+}

@@ -1,0 +1,55 @@
+//! pg_crossover: moves live tables into a foreign-data-wrapped store of another structure, and back.
+//!
+//! Imports point downwards: api and workers, then switch and set-up, then cycle and copy, then stores, then mapping and catalog.
+
+use pgrx::prelude::*;
+
+mod api;
+mod catalog;
+mod check;
+mod conflict;
+mod context;
+mod copy;
+mod cycle;
+mod error;
+mod fault;
+mod isolation;
+mod lock;
+mod mapping;
+mod route;
+mod settings;
+mod setup;
+mod state;
+mod store;
+mod switch;
+mod views;
+mod worker;
+
+::pgrx::pg_module_magic!(name, version);
+
+#[pg_guard]
+pub extern "C-unwind" fn _PG_init() {
+    settings::register();
+    // SAFETY: flags that PostgreSQL sets before it loads libraries.
+    let (preloading, upgrading) =
+        unsafe { (pg_sys::process_shared_preload_libraries_in_progress, pg_sys::IsBinaryUpgrade) };
+    if !preloading {
+        return;
+    }
+    isolation::init();
+    route::init();
+    if !upgrading {
+        worker::register_launcher();
+    }
+}
+
+/// Required by `cargo pgrx test`.
+#[cfg(test)]
+pub mod pg_test {
+    pub fn setup(_options: Vec<&str>) {}
+
+    #[must_use]
+    pub fn postgresql_conf_options() -> Vec<&'static str> {
+        vec!["shared_preload_libraries = 'pg_crossover'", "max_worker_processes = 16"]
+    }
+}

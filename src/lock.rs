@@ -1,0 +1,120 @@
+//! Lock attempts: short, jittered, a fifth of the time at most, until a deadline; nobody is killed.
+
+use std::time::{Duration, Instant};
+
+use pgrx::pg_sys;
+
+use crate::error::{Error, InTheWay, Result};
+use crate::mapping::text::array_literal;
+use crate::settings;
+use crate::store::Session;
+
+/// Until when an operation may try, and how long it has tried.
+#[derive(Debug, Clone, Copy)]
+pub struct Patience {
+    pub started: Instant,
+    pub deadline: Instant,
+}
+
+impl Patience {
+    pub fn until(deadline: Instant) -> Patience {
+        Patience { started: Instant::now(), deadline }
+    }
+
+    pub fn is_over(&self) -> bool {
+        Instant::now() >= self.deadline
+    }
+
+    pub fn waited_ms(&self) -> u64 {
+        self.started.elapsed().as_millis() as u64
+    }
+
+    /// When the next attempt has to let go.
+    pub fn attempt(&self) -> Instant {
+        let attempt = settings::lock_attempt();
+        // Between half and all of it, so that several switches and clients do not fall into step.
+        (Instant::now() + attempt / 2 + attempt.mul_f64(0.5 * random())).min(self.deadline)
+    }
+
+    /// Pauses four times as long as an attempt, or until the deadline; interruptible.
+    pub fn pause(&self) {
+        let pause = settings::lock_attempt().mul_f64(3.0 + 2.0 * random());
+        wait_latch(pause.min(self.deadline.saturating_duration_since(Instant::now())));
+    }
+}
+
+fn random() -> f64 {
+    // SAFETY: PostgreSQL's own generator; no arguments, no state but its own.
+    f64::from(unsafe { pg_sys::pg_prng_uint32(&raw mut pg_sys::pg_global_prng_state) }) / f64::from(u32::MAX)
+}
+
+/// Waits for the latch or until `timeout` has passed. Interrupts are served (an error or exit may be raised).
+pub fn wait_latch(timeout: Duration) {
+    if !timeout.is_zero() {
+        // SAFETY: MyLatch is this process's own latch, set up at its start.
+        unsafe {
+            pg_sys::WaitLatch(
+                pg_sys::MyLatch,
+                (pg_sys::WL_LATCH_SET | pg_sys::WL_TIMEOUT | pg_sys::WL_EXIT_ON_PM_DEATH) as i32,
+                timeout.as_millis().max(1) as std::ffi::c_long,
+                pg_sys::PG_WAIT_EXTENSION,
+            );
+            pg_sys::ResetLatch(pg_sys::MyLatch);
+        }
+    }
+    pgrx::check_for_interrupts!();
+}
+
+/// Who holds a lock on these relations that keeps a switch out, on the server that `session` speaks to. Reads only.
+pub fn in_the_way<S: Session>(session: &mut S, oids: &[u32], server: &str, caller_pid: i32) -> Result<InTheWay> {
+    if oids.is_empty() {
+        return Ok(InTheWay::default());
+    }
+    let oids = array_literal(oids.iter().map(u32::to_string));
+    let rows = session.admin_query(
+        "SELECT DISTINCT l.pid::text, a.application_name, a.usename::text, a.state, \
+                round(extract(epoch FROM clock_timestamp() - a.xact_start))::text, left(regexp_replace(a.query, '\\s+', ' ', 'g'), 60) \
+           FROM pg_locks l JOIN pg_stat_activity a ON a.pid = l.pid \
+          WHERE l.relation = ANY ($1::text::oid[]) AND l.granted AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database()) \
+            AND l.pid <> pg_backend_pid() AND l.mode <> 'AccessShareLock' OR l.relation = ANY ($1::text::oid[]) AND l.granted \
+            AND l.pid <> pg_backend_pid() AND l.mode = 'AccessShareLock' AND EXISTS (SELECT FROM pg_class c WHERE c.oid = l.relation AND c.relkind = 'v') \
+          ORDER BY 1",
+        &[Some(&oids)],
+    )?;
+    let mut holders: Vec<String> = rows
+        .into_iter()
+        .map(|r| {
+            let field = |i: usize| r[i].as_deref().unwrap_or("");
+            let own = if field(0) == caller_pid.to_string() { " (the session that called)" } else { "" };
+            format!(
+                "pid {}{own} on the {server} server, application \"{}\", role {}, {}, transaction open for {} s: {}",
+                field(0),
+                field(1),
+                field(2),
+                field(3),
+                field(4),
+                field(5)
+            )
+        })
+        .collect();
+    let prepared = session.admin_query(
+        "SELECT p.gid, p.owner::text, round(extract(epoch FROM clock_timestamp() - p.prepared))::text FROM pg_prepared_xacts p \
+         JOIN pg_locks l ON l.pid IS NULL AND l.virtualtransaction = '-1/' || p.transaction WHERE l.relation = ANY ($1::text::oid[])",
+        &[Some(&oids)],
+    )?;
+    holders.extend(prepared.into_iter().map(|r| {
+        let field = |i: usize| r[i].as_deref().unwrap_or("");
+        format!(
+            "prepared transaction '{}' on the {server} server, role {}, prepared {} s ago",
+            field(0),
+            field(1),
+            field(2)
+        )
+    }));
+    Ok(InTheWay { holders })
+}
+
+/// The error for when the time is over.
+pub fn timed_out(name: &str, patience: &Patience, in_the_way: InTheWay) -> Error {
+    Error::LockTimeout { name: name.to_string(), waited_ms: patience.waited_ms(), in_the_way }
+}

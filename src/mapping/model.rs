@@ -1,0 +1,191 @@
+//! The mapping as the operator writes it. Pure.
+
+use serde::Deserialize;
+use serde_json::Map;
+
+use super::ident::RelName;
+use crate::error::Problem;
+
+/// `{"tables": [...]}`
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Mapping {
+    pub tables: Vec<TableMapping>,
+}
+
+/// One table to one table: expressions by column.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TableMapping {
+    pub first: String,
+    pub second: String,
+    #[serde(default)]
+    pub second_view: Option<String>,
+    #[serde(default)]
+    pub forward: Map<String, serde_json::Value>,
+    #[serde(default)]
+    pub backward: Map<String, serde_json::Value>,
+    /// Columns of the first table that identify a row, where it has no primary key.
+    #[serde(default)]
+    pub key: Option<Vec<String>>,
+}
+
+/// What `migration_start` may be told besides.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Options {
+    pub conflicts: String,
+    pub copy_workers: i32,
+    pub chunk_rows: i64,
+    pub fence: bool,
+    pub target: Target,
+    pub takeover: Takeover,
+    pub foreign_keys: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Target {
+    Empty,
+    Truncate,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Takeover {
+    Both,
+    Start,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Options {
+            conflicts: "latest".into(),
+            copy_workers: 2,
+            chunk_rows: 10_000,
+            fence: true,
+            target: Target::Empty,
+            takeover: Takeover::Both,
+            foreign_keys: false,
+        }
+    }
+}
+
+impl Options {
+    pub fn parse(text: &str) -> Result<Options, Problem> {
+        let options: Options = serde_json::from_str(text).map_err(|e| Problem::new("options", e.to_string()))?;
+        if options.conflicts != "latest" {
+            return Err(Problem::new(
+                "options.conflicts",
+                format!("policy \"{}\" is not supported", options.conflicts),
+            )
+            .hint("The policy is \"latest\"."));
+        }
+        if !(1..=32).contains(&options.copy_workers) {
+            return Err(Problem::new("options.copy_workers", "is not between 1 and 32"));
+        }
+        if !(1..=1_000_000).contains(&options.chunk_rows) {
+            return Err(Problem::new("options.chunk_rows", "is not between 1 and 1000000"));
+        }
+        Ok(options)
+    }
+}
+
+/// A table of the mapping with its names parsed and its expressions known to be text.
+#[derive(Debug, Clone)]
+pub struct NamedTable {
+    pub first: RelName,
+    pub second: RelName,
+    pub second_view: Option<RelName>,
+    pub forward: Vec<(String, String)>,
+    pub backward: Vec<(String, String)>,
+    pub key: Option<Vec<String>>,
+}
+
+impl Mapping {
+    /// Parses the mapping; everything that is wrong with its form is returned at once.
+    pub fn parse(text: &str) -> Result<Vec<NamedTable>, Vec<Problem>> {
+        let mapping: Mapping = serde_json::from_str(text).map_err(|e| vec![Problem::new("mapping", e.to_string())])?;
+        let mut problems = Vec::new();
+        let mut tables: Vec<NamedTable> = Vec::new();
+        if mapping.tables.is_empty() {
+            problems.push(Problem::new("/tables", "names no table"));
+        }
+        for (i, table) in mapping.tables.iter().enumerate() {
+            let mut name = |key: &str, text: &str| {
+                RelName::parse(text).map_err(|e| problems.push(Problem::new(format!("/tables/{i}/{key}"), e))).ok()
+            };
+            let first = name("first", &table.first);
+            let second = name("second", &table.second);
+            let second_view = table.second_view.as_deref().map(|v| name("second_view", v));
+            let forward = expressions(i, "forward", &table.forward, &mut problems);
+            let backward = expressions(i, "backward", &table.backward, &mut problems);
+            let (Some(first), Some(second)) = (first, second) else { continue };
+            for other in &tables {
+                if other.first == first {
+                    problems.push(Problem::new(format!("/tables/{i}/first"), format!("{first} is named twice")));
+                }
+                if other.second == second {
+                    problems.push(Problem::new(format!("/tables/{i}/second"), format!("{second} is named twice")));
+                }
+            }
+            tables.push(NamedTable {
+                first,
+                second,
+                second_view: second_view.flatten(),
+                forward,
+                backward,
+                key: table.key.clone(),
+            });
+        }
+        if problems.is_empty() { Ok(tables) } else { Err(problems) }
+    }
+}
+
+fn expressions(
+    i: usize,
+    key: &str,
+    map: &Map<String, serde_json::Value>,
+    problems: &mut Vec<Problem>,
+) -> Vec<(String, String)> {
+    let mut found = Vec::new();
+    for (column, value) in map {
+        match value.as_str() {
+            Some(expression) if !expression.trim().is_empty() => found.push((column.clone(), expression.to_string())),
+            _ => problems.push(
+                Problem::new(format!("/tables/{i}/{key}/{column}"), "is not an SQL expression")
+                    .hint("Write it as a JSON string."),
+            ),
+        }
+    }
+    found
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn unknown_keys_are_errors() {
+        let problems = Mapping::parse(r#"{"tables": [], "colour": 1}"#).unwrap_err();
+        assert!(problems[0].message.contains("colour"));
+        assert!(Mapping::parse(r#"{"tables": [{"first": "a.b", "second": "c.d", "foreward": {}}]}"#).is_err());
+        assert!(Options::parse(r#"{"takeover": "later"}"#).is_err());
+        assert!(Options::parse(r#"{"copy_workers": 0}"#).is_err());
+        assert_eq!(Options::parse("{}").unwrap().takeover, Takeover::Both);
+    }
+
+    #[test]
+    fn all_problems_come_at_once() {
+        let problems = Mapping::parse(
+            r#"{"tables": [{"first": "customer", "second": "v2.a.b", "forward": {"x": 1}},
+                           {"first": "p.t", "second": "v.t"}, {"first": "p.t", "second": "v.t"}]}"#,
+        )
+        .unwrap_err();
+        let objects: Vec<_> = problems.iter().map(|p| p.object.as_str()).collect();
+        assert_eq!(
+            objects,
+            ["/tables/0/first", "/tables/0/second", "/tables/0/forward/x", "/tables/2/first", "/tables/2/second"]
+        );
+    }
+}

@@ -1,0 +1,518 @@
+//! The SQL of replication: one template serves both stores. Pure.
+//!
+//! Keys and rows travel as the text of text arrays (`{1,"a b",NULL}`): every type has a text form that is the
+//! same on both servers once the settings of section 6 of the design are pinned.
+
+use super::ident::{Ident, RelName, quote_literal};
+use super::rule::{Pair, writable};
+use super::table::{Table, text_depends_on_settings};
+use crate::error::Side;
+
+/// How many tables the change log is spread over; never dropped, all always read.
+pub const LOG_RING: u32 = 3;
+
+/// The names of what replication keeps on one store.
+#[derive(Debug, Clone)]
+pub struct Objects {
+    schema: Ident,
+    tag: String,
+}
+
+impl Objects {
+    pub fn new(side: Side, tag: &str) -> Self {
+        let schema = match side {
+            Side::First => "crossover",
+            Side::Second => "crossover_peer",
+        };
+        Objects { schema: Ident::new(schema), tag: tag.to_string() }
+    }
+
+    fn rel(&self, what: &str) -> RelName {
+        RelName { schema: self.schema.clone(), name: Ident::new(format!("{what}_{}", self.tag)) }
+    }
+
+    pub fn schema(&self) -> &Ident {
+        &self.schema
+    }
+    /// Which keys changed.
+    pub fn log(&self) -> RelName {
+        self.rel("log")
+    }
+    pub fn log_ring(&self, ring: u32) -> RelName {
+        self.rel("log").with_suffix(&format!("_{ring}"))
+    }
+    /// The replicator's own transaction, as a row that no client can write.
+    pub fn origin(&self) -> RelName {
+        self.rel("origin")
+    }
+    /// Updated and committed before a watermark speaks of this store ("flush first").
+    pub fn counter(&self) -> RelName {
+        self.rel("counter")
+    }
+    /// The watermark of the *other* store.
+    pub fn mark(&self) -> RelName {
+        self.rel("mark")
+    }
+    /// Scopes inside that watermark that are not applied here yet.
+    pub fn owed(&self) -> RelName {
+        self.rel("owed")
+    }
+    /// Checkpoints of the copy (second store).
+    pub fn chunk(&self) -> RelName {
+        self.rel("chunk")
+    }
+    /// Conflicts that wait to be brought home (second store).
+    pub fn conflict(&self) -> RelName {
+        self.rel("conflict")
+    }
+    pub fn fence_function(&self) -> RelName {
+        self.rel("fence")
+    }
+    pub fn capture_function(&self, index: usize) -> RelName {
+        self.rel("capture").with_suffix(&format!("_{index}"))
+    }
+    /// The rule of one direction as a view (first store).
+    pub fn rule_view(&self, direction: &str, index: usize) -> RelName {
+        self.rel(direction).with_suffix(&format!("_{index}"))
+    }
+
+    /// Creates everything that replication keeps on a store but the triggers.
+    pub fn install(&self, rotation_seconds: i32) -> String {
+        let (log, origin, counter) = (self.log(), self.origin(), self.counter());
+        let (mark, owed, chunk, conflict) = (self.mark(), self.owed(), self.chunk(), self.conflict());
+        let rings: String = (0..LOG_RING)
+            .map(|i| format!("CREATE TABLE {} PARTITION OF {log} FOR VALUES IN ({i});\n", self.log_ring(i)))
+            .collect();
+        let indexes: String = (0..LOG_RING)
+            .map(|i| {
+                format!("CREATE INDEX {} ON {} (xid);\n", self.log_ring(i).name.with_suffix("_xid"), self.log_ring(i))
+            })
+            .collect();
+        format!(
+            "CREATE TABLE {log} (xid xid8 NOT NULL, at timestamptz NOT NULL, source int NOT NULL, key text[],
+    ring int NOT NULL DEFAULT (extract(epoch FROM clock_timestamp())::bigint / {rotation_seconds}) % {LOG_RING}
+) PARTITION BY LIST (ring);
+{rings}{indexes}CREATE TABLE {origin} (xid xid8 NOT NULL);
+INSERT INTO {origin} VALUES ('0');
+CREATE TABLE {counter} (n bigint NOT NULL);
+INSERT INTO {counter} VALUES (0);
+CREATE TABLE {mark} (watermark pg_snapshot NOT NULL, counter bigint NOT NULL);
+CREATE TABLE {owed} (source int NOT NULL, key text[] NOT NULL, at timestamptz NOT NULL, error text, image text,
+    PRIMARY KEY (source, key));
+CREATE TABLE {chunk} (source int NOT NULL, chunk bigint NOT NULL, rows bigint NOT NULL, PRIMARY KEY (source, chunk));
+CREATE TABLE {conflict} (id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, source int NOT NULL, key text[] NOT NULL,
+    kept text NOT NULL, first_image jsonb, second_image jsonb, at timestamptz NOT NULL DEFAULT clock_timestamp());
+{fence}",
+            fence = self.create_fence_function(),
+        )
+    }
+
+    /// Drops what [`Objects::install`] made and the capture functions of `tables`; harmless when it is not there.
+    pub fn uninstall(&self, tables: usize) -> String {
+        let mut sql = String::new();
+        for rel in [self.log(), self.origin(), self.counter(), self.mark(), self.owed(), self.chunk(), self.conflict()]
+        {
+            sql += &format!("DROP TABLE IF EXISTS {rel};\n");
+        }
+        sql += &format!("DROP FUNCTION IF EXISTS {}();\n", self.fence_function());
+        for i in 0..tables {
+            sql += &format!("DROP FUNCTION IF EXISTS {}();\n", self.capture_function(i));
+        }
+        sql
+    }
+
+    /// Rejects writes to a store that is not exposed; the replicator passes.
+    fn create_fence_function(&self) -> String {
+        let (function, origin) = (self.fence_function(), self.origin());
+        format!(
+            "CREATE FUNCTION {function}() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $crossover$
+BEGIN
+    IF EXISTS (SELECT FROM {origin} WHERE xid = pg_current_xact_id()) THEN
+        RETURN NULL;
+    END IF;
+    IF current_setting('transaction_isolation') <> 'read committed' THEN
+        RAISE EXCEPTION 'could not serialize access: a migration has taken table \"%\" out of use', TG_TABLE_NAME
+            USING ERRCODE = 'serialization_failure', HINT = 'Retry the transaction.';
+    END IF;
+    RAISE EXCEPTION 'table \"%\" belongs to a store that a migration does not expose', TG_TABLE_NAME
+        USING ERRCODE = 'read_only_sql_transaction',
+              HINT = 'Write through the view under the table''s old name; migration_status() of pg_crossover on the first server shows the state.';
+END
+$crossover$;
+REVOKE ALL ON FUNCTION {function}() FROM PUBLIC;
+"
+        )
+    }
+}
+
+/// A table of one store, as replication reads and writes it.
+#[derive(Debug, Clone)]
+pub struct StoreTable {
+    pub index: usize,
+    /// The table on its own server, under its present name.
+    pub rel: RelName,
+    /// Key columns with the type that a key's text is cast to.
+    pub key: Vec<(Ident, String)>,
+    /// Where this store's rows are read in the second shape: a rule view on first, the table itself on second.
+    read_from: RelName,
+    /// Columns of that shape, in its own order, by their names in `read_from`.
+    read_columns: Vec<Ident>,
+    read_key: Vec<(Ident, String)>,
+    /// Columns written here, and the query that makes them of the rows that come in.
+    written: Vec<Ident>,
+    incoming: String,
+    key_needs_settings: bool,
+}
+
+impl StoreTable {
+    /// The first store's table of `pair`, which is `rel` at present.
+    pub fn first(pair: &Pair, objects: &Objects, rel: &RelName) -> StoreTable {
+        let key = keys(pair.key.iter().map(|(a, _)| a), &pair.first);
+        let second_key = keys(pair.key.iter().map(|(_, b)| b), &pair.second);
+        // Rows come in the second shape; the backward rule is evaluated here, where its types and functions are.
+        let raw: Vec<String> = writable(&pair.second)
+            .enumerate()
+            .map(|(i, c)| format!("x[{}]::{} AS {}", i + 1, c.cast_type, c.name))
+            .collect();
+        let made: Vec<String> = pair
+            .backward
+            .iter()
+            .map(|(name, expression)| {
+                let cast = pair.first.column(name).map_or("text", |c| c.cast_type.as_str());
+                format!("({expression})::{cast} AS {name}")
+            })
+            .collect();
+        StoreTable {
+            index: pair.index,
+            rel: rel.clone(),
+            key_needs_settings: needs_settings(&pair.first),
+            read_from: objects.rule_view("forward", pair.index),
+            read_columns: writable(&pair.second).map(|c| c.name.clone()).collect(),
+            read_key: second_key,
+            written: pair.backward.iter().map(|(c, _)| c.clone()).collect(),
+            incoming: format!(
+                "SELECT {} FROM (SELECT {} FROM (SELECT r::text[] AS x FROM unnest($1::text[]) AS r OFFSET 0) AS rows OFFSET 0) AS {}",
+                made.join(", "),
+                raw.join(", "),
+                pair.second.rel.name
+            ),
+            key,
+        }
+    }
+
+    /// The second store's table of `pair`; `remote` is what its own catalog says of it.
+    pub fn second(pair: &Pair, remote: &Table) -> StoreTable {
+        let columns: Vec<Ident> = writable(&pair.second).map(|c| c.remote_name.clone()).collect();
+        let key_names: Vec<Ident> =
+            pair.key.iter().filter_map(|(_, b)| pair.second.column(b)).map(|c| c.remote_name.clone()).collect();
+        let made: Vec<String> = columns
+            .iter()
+            .enumerate()
+            .map(|(i, name)| {
+                let cast = remote.column(name).map_or("text", |c| c.cast_type.as_str());
+                format!("x[{}]::{cast} AS {name}", i + 1)
+            })
+            .collect();
+        let key = keys(key_names.iter(), remote);
+        StoreTable {
+            index: pair.index,
+            rel: remote.rel.clone(),
+            key_needs_settings: needs_settings(remote),
+            read_from: remote.rel.clone(),
+            read_columns: columns.clone(),
+            read_key: key.clone(),
+            written: columns,
+            incoming: format!(
+                "SELECT {} FROM (SELECT r::text[] AS x FROM unnest($1::text[]) AS r OFFSET 0) AS rows",
+                made.join(", ")
+            ),
+            key,
+        }
+    }
+
+    /// Rows in the second shape: `(key, row)`. With `whole`, all of them; else of the keys in `$1`.
+    pub fn derive(&self, whole: bool) -> String {
+        let columns: Vec<String> = self.read_columns.iter().map(|c| format!("d.{c}::text")).collect();
+        let (from, _) = self.keyed(&self.read_from, "d", &self.read_key, whole);
+        format!("SELECT {}, ARRAY[{}]::text {from}", key_text("d", &self.read_key), columns.join(", "))
+    }
+
+    /// Rows as they stand here, as JSON: `(key, image)` of the keys in `$1`.
+    pub fn images(&self) -> String {
+        let (from, _) = self.keyed(&self.rel, "t", &self.key, false);
+        format!("SELECT {}, to_jsonb(t)::text {from}", key_text("t", &self.key))
+    }
+
+    /// The keys among `$1` (or all) that are there.
+    pub fn present(&self, whole: bool) -> String {
+        let (from, _) = self.keyed(&self.rel, "t", &self.key, whole);
+        format!("SELECT {} {from}", key_text("t", &self.key))
+    }
+
+    /// Locks, in key order, those rows of `$1` that nobody else holds. `strength`: UPDATE or NO KEY UPDATE.
+    pub fn lock_rows(&self, strength: &str) -> String {
+        let (from, order) = self.keyed(&self.rel, "t", &self.key, false);
+        format!("SELECT {} {from} ORDER BY {order} FOR {strength} OF t SKIP LOCKED", key_text("t", &self.key))
+    }
+
+    /// Writes the rows in `$1` (second shape), in key order; rows equal to what is there are not written.
+    pub fn upsert(&self) -> String {
+        let key: Vec<String> = self.key.iter().map(|(c, _)| c.to_string()).collect();
+        let columns: Vec<String> = self.written.iter().map(|c| c.to_string()).collect();
+        let rest: Vec<&Ident> = self.written.iter().filter(|c| !self.key.iter().any(|(k, _)| k == *c)).collect();
+        let action = if rest.is_empty() {
+            "DO NOTHING".to_string()
+        } else {
+            let set: Vec<String> = rest.iter().map(|c| format!("{c} = EXCLUDED.{c}")).collect();
+            let list = |alias: &str| rest.iter().map(|c| format!("{alias}.{c}")).collect::<Vec<_>>().join(", ");
+            format!(
+                "DO UPDATE SET {} WHERE ROW({})::record *<> ROW({})::record",
+                set.join(", "),
+                list("t"),
+                list("EXCLUDED")
+            )
+        };
+        format!(
+            "INSERT INTO {} AS t ({cols}) OVERRIDING SYSTEM VALUE SELECT {cols} FROM ({}) AS incoming ORDER BY {keys} ON CONFLICT ({keys}) {action}",
+            self.rel,
+            self.incoming,
+            cols = columns.join(", "),
+            keys = key.join(", "),
+        )
+    }
+
+    /// Deletes the keys in `$1`.
+    pub fn delete(&self) -> String {
+        let key: Vec<String> =
+            self.key.iter().enumerate().map(|(i, (c, ty))| format!("t.{c} = k.x[{}]::{ty}", i + 1)).collect();
+        format!(
+            "DELETE FROM {} AS t USING (SELECT r::text[] AS x FROM unnest($1::text[]) AS r OFFSET 0) AS k WHERE {}",
+            self.rel,
+            key.join(" AND ")
+        )
+    }
+
+    /// COPY of rows in the second shape into this table (second store).
+    pub fn copy_in(&self) -> String {
+        let columns: Vec<String> = self.written.iter().map(|c| c.to_string()).collect();
+        format!("COPY {} ({}) FROM STDIN", self.rel, columns.join(", "))
+    }
+
+    /// Rows in the second shape, column by column, of one chunk: keys after `$1` (a key's text, or NULL) up to and
+    /// with `$2` (or NULL), in key order.
+    pub fn chunk(&self) -> String {
+        let columns: Vec<String> = self.read_columns.iter().map(|c| format!("d.{c}")).collect();
+        format!(
+            "SELECT {} FROM {} AS d WHERE {} ORDER BY {}",
+            columns.join(", "),
+            self.read_from,
+            chunk_bounds("d", &self.read_key),
+            order("d", &self.read_key)
+        )
+    }
+
+    /// The rows of a chunk as `(key, row)`, for where COPY was refused.
+    pub fn derive_chunk(&self) -> String {
+        let columns: Vec<String> = self.read_columns.iter().map(|c| format!("d.{c}::text")).collect();
+        format!(
+            "SELECT {}, ARRAY[{}]::text FROM {} AS d WHERE {}",
+            key_text("d", &self.read_key),
+            columns.join(", "),
+            self.read_from,
+            chunk_bounds("d", &self.read_key)
+        )
+    }
+
+    /// The last key of the chunk of `$2` rows after the key `$1`, or no row when fewer are left.
+    pub fn chunk_end(&self) -> String {
+        format!(
+            "SELECT {} FROM {} AS t WHERE {} ORDER BY {} OFFSET $2::text::bigint - 1 LIMIT 1",
+            key_text("t", &self.key),
+            self.rel,
+            after("t", &self.key, "$1"),
+            order("t", &self.key)
+        )
+    }
+
+    fn keyed(&self, rel: &RelName, alias: &str, key: &[(Ident, String)], whole: bool) -> (String, String) {
+        let order = order(alias, key);
+        if whole {
+            return (format!("FROM {rel} AS {alias}"), order);
+        }
+        let from = match key {
+            [(column, ty)] => format!(
+                "FROM {rel} AS {alias} WHERE {alias}.{column} = ANY (ARRAY(SELECT (r::text[])[1]::{ty} FROM unnest($1::text[]) AS r))"
+            ),
+            _ => {
+                let on: Vec<String> =
+                    key.iter().enumerate().map(|(i, (c, ty))| format!("{alias}.{c} = k.x[{}]::{ty}", i + 1)).collect();
+                format!(
+                    "FROM (SELECT r::text[] AS x FROM unnest($1::text[]) AS r OFFSET 0) AS k JOIN {rel} AS {alias} ON {}",
+                    on.join(" AND ")
+                )
+            }
+        };
+        (from, order)
+    }
+
+    /// The function and the triggers that log which keys of this table change.
+    pub fn create_capture(&self, objects: &Objects) -> String {
+        let (function, log, origin) = (objects.capture_function(self.index), objects.log(), objects.origin());
+        let pins = if self.key_needs_settings {
+            " SET DateStyle = 'ISO, MDY' SET IntervalStyle = 'postgres' SET TimeZone = 'UTC' SET extra_float_digits = 1 SET bytea_output = 'hex'"
+        } else {
+            ""
+        };
+        let key = |alias: &str| {
+            let columns: Vec<String> = self.key.iter().map(|(c, _)| format!("{alias}.{c}::text")).collect();
+            format!("ARRAY[{}]", columns.join(", "))
+        };
+        let insert = format!("INSERT INTO {log} (xid, at, source, key)");
+        let row = format!("pg_current_xact_id(), clock_timestamp(), {}", self.index);
+        format!(
+            "CREATE FUNCTION {function}() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp{pins} AS $crossover$
+BEGIN
+    IF EXISTS (SELECT FROM {origin} WHERE xid = pg_current_xact_id()) THEN
+        RETURN NULL;
+    END IF;
+    IF TG_OP = 'INSERT' THEN
+        {insert} SELECT {row}, {new} FROM new_rows AS n;
+    ELSIF TG_OP = 'UPDATE' THEN
+        {insert} SELECT {row}, k FROM (SELECT {new} AS k FROM new_rows AS n UNION SELECT {old} FROM old_rows AS o) AS changed;
+    ELSIF TG_OP = 'DELETE' THEN
+        {insert} SELECT {row}, {old} FROM old_rows AS o;
+    ELSE
+        {insert} SELECT {row}, NULL;
+    END IF;
+    RETURN NULL;
+END
+$crossover$;
+REVOKE ALL ON FUNCTION {function}() FROM PUBLIC;
+CREATE TRIGGER crossover_capture_insert AFTER INSERT ON {rel} REFERENCING NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION {function}();
+CREATE TRIGGER crossover_capture_update AFTER UPDATE ON {rel} REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION {function}();
+CREATE TRIGGER crossover_capture_delete AFTER DELETE ON {rel} REFERENCING OLD TABLE AS old_rows FOR EACH STATEMENT EXECUTE FUNCTION {function}();
+CREATE TRIGGER crossover_capture_truncate AFTER TRUNCATE ON {rel} FOR EACH STATEMENT EXECUTE FUNCTION {function}();
+CREATE TRIGGER crossover_fence BEFORE INSERT OR UPDATE OR DELETE OR TRUNCATE ON {rel} FOR EACH STATEMENT EXECUTE FUNCTION {fence}();
+ALTER TABLE {rel} ENABLE ALWAYS TRIGGER crossover_capture_insert, ENABLE ALWAYS TRIGGER crossover_capture_update,
+    ENABLE ALWAYS TRIGGER crossover_capture_delete, ENABLE ALWAYS TRIGGER crossover_capture_truncate, DISABLE TRIGGER crossover_fence;
+",
+            new = key("n"),
+            old = key("o"),
+            rel = self.rel,
+            fence = objects.fence_function(),
+        )
+    }
+
+    pub fn drop_capture(&self) -> String {
+        TRIGGERS.iter().map(|t| format!("DROP TRIGGER IF EXISTS {t} ON {};\n", self.rel)).collect()
+    }
+
+    pub fn set_fence(&self, on: bool) -> String {
+        format!("ALTER TABLE {} {} TRIGGER crossover_fence", self.rel, if on { "ENABLE ALWAYS" } else { "DISABLE" })
+    }
+}
+
+/// The capture triggers come first, the fence last.
+pub const TRIGGERS: [&str; 5] = [
+    "crossover_capture_insert",
+    "crossover_capture_update",
+    "crossover_capture_delete",
+    "crossover_capture_truncate",
+    "crossover_fence",
+];
+
+/// A rule as a view over the table that it reads, its columns named and typed as the target's.
+pub fn create_rule_view(view: &RelName, rules: &[(Ident, String)], target: &Table, source: &RelName) -> String {
+    let columns: Vec<String> = rules
+        .iter()
+        .map(|(name, expression)| {
+            let cast = target.column(name).map_or("text", |c| c.cast_type.as_str());
+            format!("    ({expression})::{cast} AS {name}")
+        })
+        .collect();
+    format!("CREATE VIEW {view} AS SELECT\n{}\nFROM {source}", columns.join(",\n"))
+}
+
+/// Settings under which a value has the same text on every server, and no timeout of a role's interferes.
+pub fn session_settings() -> Vec<(&'static str, &'static str)> {
+    vec![
+        ("DateStyle", "ISO, MDY"),
+        ("IntervalStyle", "postgres"),
+        ("TimeZone", "UTC"),
+        ("extra_float_digits", "1"),
+        ("bytea_output", "hex"),
+        ("xmloption", "content"),
+        ("search_path", "pg_catalog, pg_temp"),
+        ("default_transaction_isolation", "read committed"),
+        ("default_transaction_read_only", "off"),
+        ("default_transaction_deferrable", "off"),
+        ("synchronous_commit", "on"),
+        ("statement_timeout", "0"),
+        ("lock_timeout", "0"),
+        ("idle_in_transaction_session_timeout", "0"),
+        ("row_security", "off"),
+    ]
+}
+
+pub fn set_statement(name: &str, value: &str) -> String {
+    // A list such as search_path or DateStyle is not quoted as one word.
+    if value.contains(',') { format!("SET {name} = {value}") } else { format!("SET {name} = {}", quote_literal(value)) }
+}
+
+fn keys<'a>(names: impl Iterator<Item = &'a Ident>, table: &Table) -> Vec<(Ident, String)> {
+    names
+        .map(|name| (name.clone(), table.column(name).map_or_else(|| "text".to_string(), |c| c.cast_type.clone())))
+        .collect()
+}
+
+fn needs_settings(table: &Table) -> bool {
+    table.key.iter().filter_map(|k| table.column(k)).any(|c| text_depends_on_settings(c.type_oid))
+}
+
+fn key_text(alias: &str, key: &[(Ident, String)]) -> String {
+    let columns: Vec<String> = key.iter().map(|(c, _)| format!("{alias}.{c}::text")).collect();
+    format!("ARRAY[{}]::text", columns.join(", "))
+}
+
+fn order(alias: &str, key: &[(Ident, String)]) -> String {
+    key.iter().map(|(c, _)| format!("{alias}.{c}")).collect::<Vec<_>>().join(", ")
+}
+
+fn row_bound(key: &[(Ident, String)], param: &str) -> String {
+    let items: Vec<String> =
+        key.iter().enumerate().map(|(i, (_, ty))| format!("({param}::text[])[{}]::{ty}", i + 1)).collect();
+    format!("({})", items.join(", "))
+}
+
+fn after(alias: &str, key: &[(Ident, String)], param: &str) -> String {
+    format!("({param} IS NULL OR ({}) > {})", order(alias, key), row_bound(key, param))
+}
+
+fn chunk_bounds(alias: &str, key: &[(Ident, String)]) -> String {
+    format!("{} AND ($2 IS NULL OR ({}) <= {})", after(alias, key, "$1"), order(alias, key), row_bound(key, "$2"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::mapping::rule::tests::customer;
+
+    #[test]
+    fn the_first_store_evaluates_the_backward_rule_on_what_comes_in() {
+        let pair = customer().unwrap();
+        let objects = Objects::new(Side::First, "ab12");
+        let table = StoreTable::first(&pair, &objects, &pair.first.rel);
+        let sql = table.upsert();
+        assert!(sql.contains(r#"INSERT INTO "public"."customer" AS t ("id", "first_name""#), "{sql}");
+        assert!(sql.contains(r#"(round(balance * 100)::bigint)::bigint AS "balance_cents""#), "{sql}");
+        assert!(sql.contains(r#"AS "client""#), "{sql}");
+        assert!(sql.contains(r#"ON CONFLICT ("id") DO UPDATE"#), "{sql}");
+        assert!(table.derive(false).contains(r#"FROM "crossover"."forward_ab12_0" AS d"#));
+    }
+
+    #[test]
+    fn set_statements_quote_what_is_one_word() {
+        assert_eq!(set_statement("TimeZone", "UTC"), "SET TimeZone = 'UTC'");
+        assert_eq!(set_statement("search_path", "a, b"), "SET search_path = a, b");
+    }
+}

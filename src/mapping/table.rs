@@ -1,0 +1,55 @@
+//! What a catalog says of a table, as far as a mapping needs it. Pure.
+
+use super::ident::{Ident, RelName};
+
+#[derive(Debug, Clone)]
+pub struct Column {
+    pub name: Ident,
+    /// With type modifier, as `format_type` prints it.
+    pub type_name: String,
+    /// Without type modifier, so that a cast to it never rounds or cuts silently.
+    pub cast_type: String,
+    pub type_oid: u32,
+    pub not_null: bool,
+    /// GENERATED ALWAYS AS (...) STORED: derived by its own server, never written.
+    pub generated: bool,
+    /// `a`lways, by `d`efault
+    pub identity: Option<char>,
+    /// The default's expression as SQL.
+    pub default: Option<String>,
+    /// A collation other than the type's own, quoted.
+    pub collation: Option<String>,
+    /// The column's name on the second server, for a foreign table.
+    pub remote_name: Ident,
+}
+
+#[derive(Debug, Clone)]
+pub struct Table {
+    pub rel: RelName,
+    pub oid: u32,
+    pub columns: Vec<Column>,
+    /// Columns of the primary key or of the declared key.
+    pub key: Vec<Ident>,
+    /// The table on the second server that a foreign table stands for; for a local table its own name.
+    pub remote: RelName,
+}
+
+impl Table {
+    pub fn column(&self, name: &Ident) -> Option<&Column> {
+        self.columns.iter().find(|c| c.name == *name)
+    }
+}
+
+/// Types whose text is the same wherever a row goes, grouped by what may stand for what in a key.
+pub fn key_family(type_oid: u32) -> u32 {
+    match type_oid {
+        20 | 21 | 23 => 20, // bigint, smallint, integer
+        25 | 1043 => 25,    // text, varchar
+        other => other,
+    }
+}
+
+/// Types whose text depends on a session's settings (DateStyle, TimeZone, extra_float_digits, ...).
+pub fn text_depends_on_settings(type_oid: u32) -> bool {
+    !matches!(type_oid, 16 | 18 | 19 | 20 | 21 | 23 | 25 | 26 | 1042 | 1043 | 1700 | 2950)
+}

@@ -1,0 +1,257 @@
+//! The start of a migration: check, install on the second server, install capture here. And the removal of it all.
+//!
+//! Every step can be repeated: after a crash set-up begins anew with what is left of the last try removed.
+
+use std::time::Instant;
+
+use crate::catalog;
+use crate::check;
+use crate::context::Context;
+use crate::error::{Error, Problem, Result};
+use crate::fault;
+use crate::lock::{self, Patience};
+use crate::mapping::model::Target;
+use crate::mapping::sql::TRIGGERS;
+use crate::mapping::text::array_literal;
+use crate::settings;
+use crate::state::Phase;
+use crate::store::{Isolation, Session, Store, Watermark};
+use crate::views;
+
+/// Checks everything, installs replication on both servers, and leaves the migration in phase `copying`.
+///
+/// # Errors
+/// `Error::Mapping` with all that is wrong; `Error::LockTimeout` when the first tables' writers could not be waited for.
+/// The caller removes what was installed.
+pub fn run(ctx: &mut Context, patience: Patience, who: &str, caller_pid: i32) -> Result<()> {
+    check_all(ctx)?;
+    remove_second(ctx, true)?;
+    remove_first(ctx)?;
+    install_second(ctx)?;
+    fault::point("start:peer")?;
+    install_first(ctx, patience, who, caller_pid)?;
+    fault::point("start:capture")?;
+    ensure_watermark(ctx)?;
+    fault::point("start:ready")
+}
+
+fn check_all(ctx: &mut Context) -> Result<()> {
+    let named = ctx.named_tables()?;
+    let name = ctx.migration.name.clone();
+    let session = &mut ctx.first.session;
+    session.begin(Isolation::ReadCommitted, &[])?;
+    let checked = check::first_server(session, &ctx.migration, &named);
+    session.rollback();
+    let (checked, mut problems) = checked?;
+    ctx.migration.server_id = checked.server_id;
+    let mut remote = Vec::new();
+    if checked.server_id != 0 {
+        match ctx.connect() {
+            Ok(()) => {
+                let second = ctx.second.as_mut().ok_or_else(|| Error::internal("not connected"))?;
+                let (tables, found) = check::second_server(&mut second.session, &ctx.migration, &checked.pairs)?;
+                remote = tables;
+                problems.extend(found);
+            }
+            Err(e) if problems.is_empty() => return Err(e),
+            Err(e) => problems.push(Problem::new("second server", e.to_string())),
+        }
+    }
+    if !problems.is_empty() {
+        return Err(Error::Mapping { name, problems });
+    }
+    ctx.set_tables(checked.pairs, checked.first_tables, remote);
+    Ok(())
+}
+
+fn install_second(ctx: &mut Context) -> Result<()> {
+    let (_, second) = ctx.stores()?;
+    let objects = second.objects.clone();
+    let mut sql = format!(
+        "CREATE SCHEMA IF NOT EXISTS {schema};\nCOMMENT ON SCHEMA {schema} IS 'pg_crossover: change logs of migrations into this database';\n",
+        schema = objects.schema()
+    );
+    sql += &objects.install(settings::log_rotation());
+    for table in &second.tables {
+        sql += &table.create_capture(&objects);
+    }
+    second.session.set_deadline(Some(Instant::now() + std::time::Duration::from_secs(30)));
+    second.session.begin(Isolation::ReadCommitted, &[])?;
+    second.session.batch(&sql)?;
+    let (fence, truncate) = (ctx.migration.options.fence, ctx.migration.options.target == Target::Truncate);
+    let (_, second) = ctx.stores()?;
+    if truncate {
+        let rels: Vec<String> = second.tables.iter().map(|t| t.rel.to_string()).collect();
+        second.session.batch(&format!("TRUNCATE {}", rels.join(", ")))?;
+    }
+    if fence {
+        second.set_fence(true)?;
+    }
+    second.session.commit()?;
+    second.session.set_deadline(None);
+    Ok(())
+}
+
+fn install_first(ctx: &mut Context, patience: Patience, who: &str, caller_pid: i32) -> Result<()> {
+    let oids: Vec<u32> = ctx.first_tables.iter().map(|(oid, _)| *oid).collect();
+    let takeover = check::takes_over_at_start(&ctx.migration);
+    let mode = if takeover { pgrx::pg_sys::AccessExclusiveLock } else { pgrx::pg_sys::ShareRowExclusiveLock };
+    loop {
+        let before = (ctx.migration.clone(), ctx.first_tables.clone());
+        ctx.first.session.begin(Isolation::ReadCommitted, &[])?;
+        // The lock waits for writers that were there before the triggers: whatever they wrote is in every later snapshot.
+        let locked = ctx.first.session.lock_relations(&oids, mode as i32, patience.attempt());
+        match locked.and_then(|()| install_first_locked(ctx, who)) {
+            Ok(()) => return ctx.first.session.commit(),
+            Err(e) if e.is_contention() => {
+                ctx.first.session.rollback();
+                ctx.migration = before.0;
+                ctx.rename_first(before.1.into_iter().map(|(_, rel)| rel).collect());
+                if patience.is_over() {
+                    ctx.first.session.begin(Isolation::ReadCommitted, &[])?;
+                    let holders = lock::in_the_way(&mut ctx.first.session, &oids, "first", caller_pid);
+                    ctx.first.session.rollback();
+                    return Err(lock::timed_out(&ctx.migration.name, &patience, holders?));
+                }
+                patience.pause();
+            }
+            Err(e) => {
+                ctx.first.session.rollback();
+                return Err(e);
+            }
+        }
+    }
+}
+
+fn install_first_locked(ctx: &mut Context, who: &str) -> Result<()> {
+    let Context { migration, pairs, first, first_tables, .. } = ctx;
+    let objects = first.objects.clone();
+    first.session.admin_batch(&objects.install(settings::log_rotation()))?;
+    views::create_rule_views(&mut first.session, pairs, migration, &objects)?;
+    for table in &first.tables {
+        let sql = table.create_capture(&objects);
+        first.session.admin_batch(&sql)?;
+    }
+    for (pair, (oid, _)) in pairs.iter().zip(first_tables.iter()) {
+        first.session.admin_execute(
+            "INSERT INTO crossover.migrated_table (migration_id, index, first_table, table_name, rows_estimated) \
+             SELECT $1::text::int, $2::text::int, $3::text::oid, $4::text, greatest(reltuples, 0)::bigint FROM pg_class WHERE oid = $3::text::oid",
+            &[
+                Some(&migration.id.to_string()),
+                Some(&pair.index.to_string()),
+                Some(&oid.to_string()),
+                Some(&pair.first.rel.to_string().replace('"', "")),
+            ],
+        )?;
+    }
+    migration.phase = Phase::Copying;
+    let (name, state) = (migration.name.clone(), migration.state);
+    if check::takes_over_at_start(migration) {
+        views::take_over(ctx)?;
+    }
+    ctx.migration.store(&mut ctx.first.session)?;
+    catalog::record_history(&mut ctx.first.session, &name, who, None, state, None, None)
+}
+
+/// The watermarks that the copy starts from: snapshots taken after capture was there. Harmless when they are set.
+pub fn ensure_watermark(ctx: &mut Context) -> Result<()> {
+    let (first, second) = ctx.stores()?;
+    if second.watermark()?.is_none() {
+        let counter = first.flush()?;
+        let snapshot = begin_snapshot(first)?;
+        first.flush()?;
+        second.session.begin(Isolation::ReadCommitted, &[])?;
+        second.set_watermark(&Watermark { snapshot, counter })?;
+        second.session.commit()?;
+    }
+    first.session.begin(Isolation::ReadCommitted, &[])?;
+    if first.watermark()?.is_none() {
+        let snapshot = begin_snapshot(second)?;
+        let counter = second.flush()?;
+        first.set_watermark(&Watermark { snapshot, counter })?;
+    }
+    first.session.commit()
+}
+
+fn begin_snapshot<S: Session>(store: &mut Store<S>) -> Result<crate::store::Snapshot> {
+    store.session.begin(Isolation::ReadCommitted, &[])?;
+    let snapshot = store.snapshot()?;
+    store.session.commit()?;
+    Ok(snapshot)
+}
+
+fn has_triggers<S: Session>(session: &mut S, rel: &str) -> Result<bool> {
+    let names = array_literal(TRIGGERS);
+    let rows = session.query(
+        "SELECT EXISTS (SELECT FROM pg_trigger WHERE tgrelid = to_regclass($1::text) AND tgname = ANY ($2::text[]))",
+        &[Some(rel), Some(&names)],
+    )?;
+    Ok(rows[0][0].as_deref() == Some("t"))
+}
+
+/// Removes what the migration has on the second server, in a transaction of its own. The rows stay.
+pub fn remove_second(ctx: &mut Context, keep_schema: bool) -> Result<()> {
+    ctx.connect()?;
+    let tables = ctx.pairs.len();
+    let (_, second) = ctx.stores()?;
+    second.session.begin(Isolation::ReadCommitted, &[])?;
+    let result = (|| {
+        // Clients of the second store are not kept waiting longer than by a switch.
+        second.session.set_lock_timeout(settings::lock_attempt())?;
+        for i in 0..second.tables.len() {
+            if has_triggers(&mut second.session, &second.tables[i].rel.to_string())? {
+                let sql = second.tables[i].drop_capture();
+                second.session.batch(&sql)?;
+            }
+        }
+        let sql = second.objects.uninstall(tables);
+        second.session.batch(&sql)?;
+        let schema = second.objects.schema().clone();
+        let empty = second.session.query(
+            "SELECT n.oid IS NOT NULL AND NOT EXISTS (SELECT FROM pg_class c WHERE c.relnamespace = n.oid) AND NOT EXISTS (SELECT FROM pg_proc p WHERE p.pronamespace = n.oid) \
+             FROM pg_namespace n WHERE n.nspname = $1::text",
+            &[Some(schema.as_str())],
+        )?;
+        if !keep_schema && empty.first().and_then(|r| r[0].as_deref()) == Some("t") {
+            second.session.batch(&format!("DROP SCHEMA {schema}"))?;
+        }
+        second.session.commit()
+    })();
+    if result.is_err() {
+        second.session.rollback();
+    }
+    result
+}
+
+/// Removes what the migration has here, in a transaction of its own (set-up and its undoing).
+pub fn remove_first(ctx: &mut Context) -> Result<()> {
+    ctx.first.session.begin(Isolation::ReadCommitted, &[])?;
+    let result = remove_first_locked(ctx).and_then(|()| ctx.first.session.commit());
+    if result.is_err() {
+        ctx.first.session.rollback();
+    }
+    result
+}
+
+/// Removes triggers, logs and rule views here, in the caller's transaction.
+pub fn remove_first_locked(ctx: &mut Context) -> Result<()> {
+    let tables = ctx.pairs.len();
+    let Context { first, migration, .. } = ctx;
+    for i in 0..first.tables.len() {
+        if has_triggers(&mut first.session, &first.tables[i].rel.to_string())? {
+            let sql = first.tables[i].drop_capture();
+            first.session.admin_batch(&sql)?;
+        }
+    }
+    views::drop_rule_views(&mut first.session, tables, &first.objects)?;
+    let sql = first.objects.uninstall(tables);
+    first.session.admin_batch(&sql)?;
+    let id = migration.id.to_string();
+    first.session.admin_execute("DELETE FROM crossover.chunk WHERE migration_id = $1::text::int", &[Some(&id)])?;
+    if migration.phase == Phase::SettingUp {
+        first
+            .session
+            .admin_execute("DELETE FROM crossover.migrated_table WHERE migration_id = $1::text::int", &[Some(&id)])?;
+    }
+    Ok(())
+}

@@ -1,0 +1,558 @@
+//! The switch between states, run by the worker: probe, lock writers out, drain, commit in the order that loses nothing.
+//!
+//! DESIGN "The switch". T1 is the first store's transaction, T2 the second's. Locks: managed views, write twins and views of
+//! the second shape first (ACCESS EXCLUSIVE: their definitions and grants change), then the tables of the store that is
+//! about to lose its writers (EXCLUSIVE), in the mapping's order. On any failure before the first commit nothing has changed.
+
+use std::time::{Duration, Instant};
+
+use pgrx::pg_sys;
+
+use crate::catalog;
+use crate::context::Context;
+use crate::copy;
+use crate::cycle::{self, Contended, Plan, incoming};
+use crate::error::{Error, InTheWay, Result, Side};
+use crate::fault;
+use crate::lock::{self, Patience};
+use crate::settings;
+use crate::setup;
+use crate::state::{By, Phase, State};
+use crate::store::{Isolation, Key, Session, Watermark};
+use crate::views;
+
+/// Scopes that a last cycle may have to apply while clients wait.
+const SMALL_BACKLOG: usize = 500;
+/// Rounds of the last cycle that give way to clients of the store that stays exposed.
+const ROUNDS: usize = 20;
+
+/// Who asked, and how long it may take.
+#[derive(Debug, Clone)]
+pub struct Order {
+    pub who: String,
+    pub caller_pid: i32,
+    pub patience: Patience,
+}
+
+/// What a move did to its clients.
+#[derive(Debug, Clone, Copy, Default)]
+struct Pause {
+    began: Option<Instant>,
+    drained: i64,
+}
+
+impl Pause {
+    fn ms(&self) -> Option<f64> {
+        self.began.map(|b| b.elapsed().as_secs_f64() * 1000.0)
+    }
+}
+
+/// Moves the migration to `to`.
+///
+/// # Errors
+/// `Error::Transition` for a move that does not exist; `Error::Backlog`, `Error::Parked`, `Error::LockTimeout` when it cannot be
+/// made now. The state has not changed then.
+pub fn set_state(ctx: &mut Context, to: State, order: &Order) -> Result<()> {
+    let from = ctx.migration.state;
+    if from == to {
+        return Ok(());
+    }
+    if !from.allows(to, By::SetState) {
+        return Err(Error::Transition { name: ctx.migration.name.clone(), from, to });
+    }
+    probe(ctx, order, to)?;
+    fault::point("switch:begin")?;
+    match (from, to) {
+        (State::First, State::Both) => open_second(ctx, order),
+        _ => attempts(ctx, order, to),
+    }
+}
+
+/// Finishes what a crash between the two commits of a switch towards `first` has left: second is drained and fenced.
+pub fn fence_pending(ctx: &mut Context, order: &Order) -> Result<()> {
+    attempts(ctx, order, State::First)
+}
+
+/// Refuses a switch whose backlog cannot drain in time, or that would expose a store for which a row is parked.
+fn probe(ctx: &mut Context, order: &Order, to: State) -> Result<()> {
+    loop {
+        let outcome = cycle::run(ctx, true)?;
+        let newly_exposes = matches!(
+            (ctx.migration.state, to),
+            (State::First, State::Both) | (State::Both, State::Second) | (State::Second, State::Both)
+        );
+        if newly_exposes && outcome.parked > 0 {
+            return Err(Error::Parked { name: ctx.migration.name.clone(), count: outcome.parked as i64 });
+        }
+        if outcome.scopes <= SMALL_BACKLOG {
+            return Ok(());
+        }
+        if order.patience.is_over() {
+            return Err(Error::Backlog {
+                name: ctx.migration.name.clone(),
+                detail: format!(
+                    "After {} ms a cycle still had {} changed rows to replicate.",
+                    order.patience.waited_ms(),
+                    outcome.scopes
+                ),
+            });
+        }
+        lock::wait_latch(Duration::ZERO);
+    }
+}
+
+/// Tries until it works or the time is over; replication goes on in between.
+fn attempts(ctx: &mut Context, order: &Order, to: State) -> Result<()> {
+    let before = (ctx.migration.clone(), ctx.first_tables.clone());
+    loop {
+        let result = attempt(ctx, order, to);
+        let Err(e) = result else { return Ok(()) };
+        ctx.rollback_all();
+        if ctx.migration.state != before.0.state && ctx.reload()? && ctx.migration.state == to {
+            // First has committed: the move is made. What may be missing is the fence, and the worker sees to that.
+            return Ok(());
+        }
+        ctx.migration = before.0.clone();
+        ctx.rename_first(before.1.iter().map(|(_, rel)| rel.clone()).collect());
+        if !e.is_contention() && !matches!(e, Error::RemoteTimeout) {
+            return Err(e);
+        }
+        if order.patience.is_over() {
+            return Err(blocked(ctx, order, to)?);
+        }
+        order.patience.pause();
+        if let Err(e) = cycle::run(ctx, false)
+            && !e.is_contention()
+        {
+            return Err(e);
+        }
+    }
+}
+
+fn attempt(ctx: &mut Context, order: &Order, to: State) -> Result<()> {
+    match to {
+        State::Second => towards_second(ctx, order),
+        _ => towards_first(ctx, order, to),
+    }
+}
+
+/// The error that names who is in the way.
+fn blocked(ctx: &mut Context, order: &Order, to: State) -> Result<Error> {
+    let name = ctx.migration.name.clone();
+    let mut oids: Vec<u32> = ctx.first_tables.iter().map(|(oid, _)| *oid).collect();
+    ctx.first.session.begin(Isolation::ReadCommitted, &[])?;
+    let found = (|| {
+        oids.extend(views::view_oids(ctx, true, true)?);
+        lock::in_the_way(&mut ctx.first.session, &oids, "first", order.caller_pid)
+    })();
+    ctx.first.session.rollback();
+    let mut all = found?;
+    if to != State::Second
+        && let Ok(()) = ctx.connect()
+    {
+        let (_, second) = ctx.stores()?;
+        let names = crate::mapping::text::array_literal(second.tables.iter().map(|t| t.rel.to_string()));
+        let rows =
+            second.session.query("SELECT n::regclass::oid::int8 FROM unnest($1::text[]) AS n", &[Some(&names)])?;
+        let oids: Vec<u32> = rows.iter().filter_map(|r| r[0].as_deref()?.parse().ok()).collect();
+        let InTheWay { holders } = lock::in_the_way(&mut second.session, &oids, "second", 0)?;
+        all.holders.extend(holders);
+    }
+    Ok(lock::timed_out(&name, &order.patience, all))
+}
+
+/// Opens T1 and takes its locks: views, then (if first is to lose its writers) the tables.
+fn lock_first(
+    ctx: &mut Context,
+    patience: &Patience,
+    managed: bool,
+    second_shape: bool,
+    tables: Option<u32>,
+) -> Result<()> {
+    ctx.first.session.begin(Isolation::ReadCommitted, &[])?;
+    let mut views = Vec::new();
+    if ctx.migration.taken_over || second_shape {
+        views = views::view_oids(ctx, managed && ctx.migration.taken_over, second_shape)?;
+    }
+    let deadline = patience.attempt();
+    ctx.first.session.lock_relations(&views, pg_sys::AccessExclusiveLock as i32, deadline)?;
+    if let Some(mode) = tables {
+        let oids: Vec<u32> = ctx.first_tables.iter().map(|(oid, _)| *oid).collect();
+        ctx.first.session.lock_relations(&oids, mode as i32, deadline)?;
+    }
+    Ok(())
+}
+
+/// No lock wait inside the pause; and the pause is bounded, network included.
+fn bound_pause(ctx: &mut Context, pause: &mut Pause) -> Result<Instant> {
+    let began = *pause.began.get_or_insert_with(Instant::now);
+    let end = began + settings::max_pause();
+    let (first, second) = ctx.stores()?;
+    first.session.set_lock_timeout(settings::lock_attempt())?;
+    second.session.set_deadline(Some(end));
+    Ok(end)
+}
+
+/// `both` to `second`: first loses its writers. Second commits first: its rows must be there when first lets the clients go.
+fn towards_second(ctx: &mut Context, order: &Order) -> Result<()> {
+    ctx.connect()?;
+    let mut pause = Pause { began: Some(Instant::now()), drained: 0 };
+    lock_first(ctx, &order.patience, true, false, Some(pg_sys::ExclusiveLock))?;
+    let end = bound_pause(ctx, &mut pause)?;
+    fault::point("switch:locked")?;
+    let name = ctx.migration.name.clone();
+    let Context { pairs, first, second, .. } = &mut *ctx;
+    let second = second.as_mut().ok_or_else(|| Error::internal("not connected"))?;
+    first.mark_origin()?;
+    let nobody: Vec<Vec<Key>> = vec![Vec::new(); pairs.len()];
+    let mut rounds = 0;
+    let (plan, s1, s2) = loop {
+        rounds += 1;
+        if rounds > ROUNDS || Instant::now() >= end {
+            return Err(Error::LockNotAvailable);
+        }
+        let s2 = second.begin_read()?;
+        cycle::check_capture(first)?;
+        cycle::check_capture(second)?;
+        let s1 = first.snapshot()?;
+        let forward = incoming(first, second, true)?;
+        let backward = incoming(second, first, true)?;
+        let plan = Plan::make(pairs, first, second, forward, backward)?;
+        second.end_read()?;
+        let counter1 = first.flush()?;
+        second.begin_write()?;
+        second.session.set_lock_timeout(settings::lock_attempt())?;
+        let mut skip = nobody.clone();
+        let written = plan.write_second(second, &s2, &nobody, &mut skip, Contended::Wait)?;
+        if written.looked_again {
+            second.session.rollback();
+            continue;
+        }
+        if written.parked > 0 {
+            return Err(Error::Parked { name, count: written.parked as i64 });
+        }
+        plan.record_on_second(second)?;
+        second.set_watermark(&Watermark { snapshot: s1.clone(), counter: counter1 })?;
+        break (plan, s1, s2);
+    };
+    fault::point("switch:drained")?;
+    second.session.commit()?;
+    fault::point("switch:second-committed")?;
+    let counter2 = second.flush()?;
+    let mut skip = nobody;
+    plan.write_first(first, pairs, &name, &s1, &mut skip, Contended::Wait, None)?;
+    first.set_watermark(&Watermark { snapshot: s2, counter: counter2 })?;
+    pause.drained = plan.log_rows();
+    first.set_fence(true)?;
+    views::point_at_second(ctx)?;
+    commit_state(ctx, order, State::Second, Phase::Replicating, &pause)?;
+    fault::point("switch:first-committed")
+}
+
+/// `both` to `first`, `second` to `both`, and the fence that a crash has left pending. Second's writers wait; first commits first
+/// (rows, conflicts, watermark, state) while second's transaction still holds its lock; then second commits its rows and its fence.
+fn towards_first(ctx: &mut Context, order: &Order, to: State) -> Result<()> {
+    ctx.connect()?;
+    let from = ctx.migration.state;
+    let fence_only = from == to;
+    let opens_first = from == State::Second;
+    let mut pause = Pause { began: Some(Instant::now()), drained: 0 };
+    let tables = opens_first.then_some(pg_sys::ShareRowExclusiveLock);
+    lock_first(ctx, &order.patience, opens_first, !fence_only, tables)?;
+    let end = bound_pause(ctx, &mut pause)?;
+    lock_second(ctx, &order.patience)?;
+    fault::point("switch:locked")?;
+
+    let Context { pairs, first, second, migration, .. } = &mut *ctx;
+    let second = second.as_mut().ok_or_else(|| Error::internal("not connected"))?;
+    first.mark_origin()?;
+    let none: Vec<Vec<Key>> = vec![Vec::new(); pairs.len()];
+    let mut rounds = 0;
+    let (plan, s1, s2) = loop {
+        rounds += 1;
+        if rounds > ROUNDS || Instant::now() >= end {
+            return Err(Error::LockNotAvailable);
+        }
+        let s1 = first.snapshot()?;
+        let s2 = second.snapshot()?;
+        cycle::check_capture(first)?;
+        cycle::check_capture(second)?;
+        let forward = incoming(first, second, true)?;
+        let backward = incoming(second, first, true)?;
+        let plan = Plan::make(pairs, first, second, forward, backward)?;
+        let counter2 = second.flush()?;
+        first.session.savepoint()?;
+        let mut skip = none.clone();
+        let written =
+            plan.write_first(first, pairs, &migration.name, &s1, &mut skip, Contended::Wait, Some(Side::First))?;
+        if written.looked_again {
+            first.session.rollback_to()?;
+            continue;
+        }
+        first.session.release()?;
+        if opens_first && written.parked > 0 {
+            return Err(Error::Parked { name: migration.name.clone(), count: written.parked as i64 });
+        }
+        first.set_watermark(&Watermark { snapshot: s2.clone(), counter: counter2 })?;
+        break (plan, s1, s2);
+    };
+    fault::point("switch:drained")?;
+    pause.drained = plan.log_rows();
+    let counter1 = cycle::bump(first)?;
+    let phase = if to == State::First && migration.options.fence { Phase::FencePending } else { Phase::Replicating };
+    if opens_first {
+        first.set_fence(false)?;
+        views::point_at_first(ctx)?;
+    } else if !fence_only {
+        views::hide_second_shape(ctx)?;
+    }
+    commit_state(ctx, order, to, phase, &pause)?;
+    fault::point("switch:first-committed")?;
+
+    let fence = ctx.migration.options.fence;
+    let (_, second) = ctx.stores()?;
+    second.mark_origin()?;
+    let mut skip = none.clone();
+    let written = plan.write_second(second, &s2, &none, &mut skip, Contended::Wait)?;
+    if !written.looked_again {
+        second.set_watermark(&Watermark { snapshot: s1, counter: counter1 })?;
+    }
+    if to == State::First && fence {
+        second.set_fence(true)?;
+    }
+    second.session.commit()?;
+    second.session.set_deadline(None);
+    fault::point("switch:second-committed")?;
+    if phase == Phase::FencePending {
+        set_phase(ctx, Phase::Replicating)?;
+    }
+    Ok(())
+}
+
+/// Opens T2 and locks the writers of the second store out.
+fn lock_second(ctx: &mut Context, patience: &Patience) -> Result<()> {
+    let (_, second) = ctx.stores()?;
+    second.session.begin(Isolation::ReadCommitted, &[])?;
+    let deadline = patience.attempt();
+    for i in 0..second.tables.len() {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(Error::LockNotAvailable);
+        }
+        second.session.set_lock_timeout(left)?;
+        let sql = format!("LOCK TABLE {} IN EXCLUSIVE MODE", second.tables[i].rel);
+        second.session.batch(&sql)?;
+    }
+    second.session.set_lock_timeout(settings::lock_attempt())
+}
+
+/// `first` to `both`: nothing to drain. The fence goes before the state changes, under the name *fence pending*, so that a crash
+/// in between is followed by fencing it again.
+fn open_second(ctx: &mut Context, order: &Order) -> Result<()> {
+    copy::analyze(ctx)?;
+    set_phase(ctx, Phase::FencePending)?;
+    let result = open_second_fenced(ctx, order);
+    if result.is_err() && ctx.migration.state == State::First {
+        // Close it again now if we can; the worker keeps trying if we cannot.
+        ctx.rollback_all();
+        let again = Order { patience: Patience::until(Instant::now() + Duration::from_secs(1)), ..order.clone() };
+        let _ = fence_pending(ctx, &again);
+    }
+    result
+}
+
+fn open_second_fenced(ctx: &mut Context, order: &Order) -> Result<()> {
+    loop {
+        let opened = (|| {
+            let (_, second) = ctx.stores()?;
+            second.session.begin(Isolation::ReadCommitted, &[])?;
+            second.session.set_lock_timeout(settings::lock_attempt())?;
+            second.set_fence(false)?;
+            second.session.commit()
+        })();
+        match opened {
+            Ok(()) => break,
+            Err(e) if e.is_contention() && !order.patience.is_over() => {
+                ctx.rollback_all();
+                order.patience.pause();
+                ctx.connect()?;
+            }
+            Err(e) => return Err(e),
+        }
+    }
+    fault::point("switch:second-committed")?;
+    let before = (ctx.migration.clone(), ctx.first_tables.clone());
+    loop {
+        let mut pause = Pause { began: Some(Instant::now()), drained: 0 };
+        let taken_over = ctx.migration.taken_over;
+        let tables = (!taken_over).then_some(pg_sys::AccessExclusiveLock);
+        let moved = lock_first(ctx, &order.patience, false, true, tables).and_then(|()| {
+            fault::point("switch:locked")?;
+            if !taken_over {
+                views::take_over(ctx)?;
+            }
+            views::expose_second_shape(ctx)?;
+            pause.drained = 0;
+            commit_state(ctx, order, State::Both, Phase::Replicating, &pause)
+        });
+        let Err(e) = moved else { return fault::point("switch:first-committed") };
+        ctx.rollback_all();
+        ctx.migration = before.0.clone();
+        ctx.rename_first(before.1.iter().map(|(_, rel)| rel.clone()).collect());
+        if !e.is_contention() {
+            return Err(e);
+        }
+        if order.patience.is_over() {
+            return Err(blocked(ctx, order, State::Second)?);
+        }
+        order.patience.pause();
+        ctx.connect()?;
+    }
+}
+
+/// State, phase and history in T1, and its commit.
+fn commit_state(ctx: &mut Context, order: &Order, to: State, phase: Phase, pause: &Pause) -> Result<()> {
+    let from = ctx.migration.state;
+    ctx.migration.state = to;
+    ctx.migration.phase = phase;
+    let Context { migration, first, .. } = ctx;
+    migration.store(&mut first.session)?;
+    if from != to {
+        catalog::record_history(
+            &mut first.session,
+            &migration.name,
+            &order.who,
+            Some(from),
+            to,
+            pause.ms(),
+            Some(pause.drained),
+        )?;
+    }
+    first.session.commit()
+}
+
+fn set_phase(ctx: &mut Context, phase: Phase) -> Result<()> {
+    let before = ctx.migration.phase;
+    ctx.migration.phase = phase;
+    let Context { migration, first, .. } = ctx;
+    first.session.begin(Isolation::ReadCommitted, &[])?;
+    let result = migration.store(&mut first.session).and_then(|()| first.session.commit());
+    if result.is_err() {
+        first.session.rollback();
+        migration.phase = before;
+    }
+    result
+}
+
+/// Ends replication from `second`. What is on the second server is removed afterwards, by [`clean_up`].
+pub fn finish(ctx: &mut Context, order: &Order, drop_first: bool) -> Result<()> {
+    let from = ctx.migration.state;
+    if from == State::Finished {
+        return Ok(());
+    }
+    if !from.allows(State::Finished, By::Finish) {
+        return Err(Error::WrongState {
+            name: ctx.migration.name.clone(),
+            action: "be finished",
+            state: from,
+            hint: "A migration is finished from second: migration_set_state(name, 'second').",
+        });
+    }
+    cycle::run(ctx, true)?;
+    end(ctx, order, State::Finished, |ctx| {
+        setup::remove_first_locked(ctx)?;
+        if drop_first {
+            for (_, rel) in ctx.first_tables.clone().iter().rev() {
+                ctx.first.session.batch(&format!("DROP TABLE {rel}"))?;
+            }
+        }
+        Ok(())
+    })?;
+    fault::point("finish:committed")
+}
+
+/// Undoes everything from `copying` or `first`.
+pub fn cancel(ctx: &mut Context, order: &Order) -> Result<()> {
+    let from = ctx.migration.state;
+    if from == State::Cancelled {
+        return Ok(());
+    }
+    if !from.allows(State::Cancelled, By::Cancel) {
+        return Err(Error::WrongState {
+            name: ctx.migration.name.clone(),
+            action: "be cancelled",
+            state: from,
+            hint: "A migration is cancelled from copying or first: go back with migration_set_state first.",
+        });
+    }
+    end(ctx, order, State::Cancelled, |ctx| {
+        if ctx.migration.taken_over {
+            views::give_back(ctx)?;
+        }
+        views::drop_second_shape(ctx)?;
+        setup::remove_first_locked(ctx)
+    })?;
+    fault::point("cancel:committed")
+}
+
+/// One transaction here that ends the migration, under the locks of everything that it changes.
+fn end(ctx: &mut Context, order: &Order, to: State, work: impl Fn(&mut Context) -> Result<()>) -> Result<()> {
+    let before = (ctx.migration.clone(), ctx.first_tables.clone());
+    loop {
+        let pause = Pause { began: Some(Instant::now()), drained: 0 };
+        let second_shape = to == State::Cancelled;
+        let result = lock_first(ctx, &order.patience, true, second_shape, Some(pg_sys::AccessExclusiveLock))
+            .and_then(|()| work(ctx))
+            .and_then(|()| commit_state(ctx, order, to, Phase::Finishing, &pause));
+        let Err(e) = result else { return Ok(()) };
+        ctx.rollback_all();
+        ctx.migration = before.0.clone();
+        ctx.rename_first(before.1.iter().map(|(_, rel)| rel.clone()).collect());
+        if !e.is_contention() {
+            return Err(e);
+        }
+        if order.patience.is_over() {
+            return Err(blocked(ctx, order, State::Second)?);
+        }
+        order.patience.pause();
+    }
+}
+
+/// Removes what an ended migration has on the second server. Repeated by the worker until it works.
+pub fn clean_up(ctx: &mut Context) -> Result<()> {
+    setup::remove_second(ctx, false)?;
+    set_phase(ctx, Phase::Done)
+}
+
+/// Brings the conflicts home that a switch towards `second` recorded on the second server. Repeatable: each has a number there.
+pub fn bring_conflicts_home(ctx: &mut Context) -> Result<()> {
+    let names: Vec<String> = ctx.pairs.iter().map(|p| p.first.rel.to_string()).collect();
+    let name = ctx.migration.name.clone();
+    let (first, second) = ctx.stores()?;
+    let table = second.objects.conflict();
+    let rows = second.session.query(
+        &format!("SELECT id, source, key::text, kept, first_image::text, second_image::text, at::text FROM {table} ORDER BY id"),
+        &[],
+    )?;
+    let Some(last) = rows.last().and_then(|r| r[0].clone()) else { return Ok(()) };
+    first.session.begin(Isolation::ReadCommitted, &[])?;
+    for r in &rows {
+        let source: usize = crate::store::parse(r[1].as_deref().unwrap_or(""))?;
+        let table_name = names.get(source).map_or("", String::as_str);
+        let inserted = first.session.admin_execute(
+            "INSERT INTO crossover.conflict (name, table_name, key, kind, kept, first_image, second_image, recorded_at, peer_id) \
+             VALUES ($1::text, $2::text, $3::text, 'conflict', $4::text, $5::text::jsonb, $6::text::jsonb, $7::text::timestamptz, $8::text::bigint) \
+             ON CONFLICT (name, peer_id) DO NOTHING",
+            &[
+                Some(&name), Some(table_name), r[2].as_deref(), r[3].as_deref(), r[4].as_deref(), r[5].as_deref(),
+                r[6].as_deref(), r[0].as_deref(),
+            ],
+        );
+        if let Err(e) = inserted {
+            first.session.rollback();
+            return Err(e);
+        }
+    }
+    first.session.commit()?;
+    second.session.execute(&format!("DELETE FROM {table} WHERE id <= $1::text::bigint"), &[Some(&last)]).map(drop)
+}

@@ -1,0 +1,279 @@
+//! Managed views: the takeover of the tables' names and its undoing, and which store a view reaches.
+//!
+//! All of it is DDL in the transaction of the switch (or set-up, or cancel) that calls it, which holds ACCESS EXCLUSIVE on
+//! what is replaced here. It runs as the migration's owner.
+
+use crate::catalog::Migration;
+use crate::check::search_path;
+use crate::context::Context;
+use crate::error::{Error, Result};
+use crate::mapping::ident::{Ident, RelName, quote_literal};
+use crate::mapping::rule::Pair;
+use crate::mapping::view::{self, Grant, Managed};
+use crate::store::local::LocalSession;
+use crate::store::{Session, parse};
+
+/// Puts a managed view under each table's name; the tables get their reserved names, out of reach of other roles.
+pub fn take_over(ctx: &mut Context) -> Result<()> {
+    let Context { migration, pairs, first, first_tables, .. } = ctx;
+    let session = &mut first.session;
+    for (pair, (oid, _)) in pairs.iter().zip(first_tables.iter()) {
+        let managed = Managed::new(pair);
+        session.batch(&search_path(&pair.first.rel))?;
+        let grants = grants_of(session, *oid)?;
+        let saved = serde_json::to_string(&grants).map_err(|e| Error::internal(e.to_string()))?;
+        session.admin_execute(
+            "UPDATE crossover.migrated_table SET grants = $3::text WHERE migration_id = $1::text::int AND index = $2::text::int",
+            &[Some(&migration.id.to_string()), Some(&pair.index.to_string()), Some(&saved)],
+        )?;
+        let mut sql = format!("ALTER TABLE {} RENAME TO {};\n", managed.view, managed.first.name);
+        if let Some(grants) = &grants {
+            sql += &view::set_grants(&managed.first, &migration.owner_name, None, grants);
+        }
+        sql += &format!("CREATE VIEW {} AS {};\n", managed.view, view::over_first(pair, &managed));
+        sql += &view::defaults(pair, &managed.view);
+        session.batch(&sql)?;
+        let comments = comments(session, *oid, &managed.view)?;
+        session.batch(&comments)?;
+        grant_like(session, migration, &managed.view, grants.as_deref())?;
+    }
+    session.batch("SET LOCAL search_path = pg_catalog, pg_temp")?;
+    migration.taken_over = true;
+    let names = pairs.iter().map(|p| Managed::new(p).first).collect();
+    ctx.rename_first(names);
+    Ok(())
+}
+
+/// Gives the tables their names back and drops the views.
+pub fn give_back(ctx: &mut Context) -> Result<()> {
+    let grants = saved_grants(ctx)?;
+    let Context { migration, pairs, first, .. } = ctx;
+    let session = &mut first.session;
+    for (pair, grants) in pairs.iter().zip(&grants) {
+        let managed = Managed::new(pair);
+        session.batch(&format!(
+            "{}DROP VIEW {};\nALTER TABLE {} RENAME TO {};\n",
+            view::drop_triggers(&managed),
+            managed.view,
+            managed.first,
+            managed.view.name
+        ))?;
+        if let Some(grants) = grants {
+            let oid = oid_of(session, &managed.view)?;
+            let held = grants_of(session, oid)?.unwrap_or_default();
+            session.batch(&view::set_grants(&managed.view, &migration.owner_name, Some(grants), &held))?;
+        }
+    }
+    migration.taken_over = false;
+    let names = pairs.iter().map(|p| p.first.rel.clone()).collect();
+    ctx.rename_first(names);
+    Ok(())
+}
+
+/// Points the managed views at the first store.
+pub fn point_at_first(ctx: &mut Context) -> Result<()> {
+    let session = &mut ctx.first.session;
+    for pair in &ctx.pairs {
+        let managed = Managed::new(pair);
+        session.batch(&format!(
+            "{}CREATE OR REPLACE VIEW {} AS {};\n",
+            view::drop_triggers(&managed),
+            managed.view,
+            view::over_first(pair, &managed)
+        ))?;
+    }
+    Ok(())
+}
+
+/// Points the managed views at the second store, through the backward rules.
+pub fn point_at_second(ctx: &mut Context) -> Result<()> {
+    let grants = saved_grants(ctx)?;
+    let Context { migration, pairs, first, .. } = ctx;
+    let session = &mut first.session;
+    for (pair, grants) in pairs.iter().zip(&grants) {
+        let managed = Managed::new(pair);
+        session.batch(&search_path(&pair.first.rel))?;
+        session.batch(&format!("CREATE OR REPLACE VIEW {} AS {};\n", managed.view, view::over_second(pair)))?;
+        if view::needs_triggers(pair) {
+            session.batch(&view::create_write_twin(pair, &managed))?;
+            session.batch(&view::create_triggers(pair, &managed))?;
+            grant_like(session, migration, &managed.write, grants.as_deref())?;
+        }
+    }
+    session.batch("SET LOCAL search_path = pg_catalog, pg_temp")
+}
+
+/// Exposes the views of the second shape: makes them, or grants them again.
+pub fn expose_second_shape(ctx: &mut Context) -> Result<()> {
+    let grants = saved_grants(ctx)?;
+    let Context { migration, pairs, first, .. } = ctx;
+    let session = &mut first.session;
+    for (pair, grants) in pairs.iter().zip(&grants) {
+        let Some(name) = &pair.second_view else { continue };
+        if crate::catalog::describe(session, name)?.is_none() {
+            session.batch(&format!(
+                "CREATE VIEW {name} AS {};\n{}",
+                view::second_shape(pair),
+                view::second_defaults(pair, name)
+            ))?;
+        }
+        // Privileges on single columns of the first shape say nothing about the second one's.
+        let tables: Option<Vec<Grant>> =
+            grants.as_ref().map(|g| g.iter().filter(|g| g.column.is_none()).cloned().collect());
+        grant_like(session, migration, name, tables.as_deref())?;
+    }
+    Ok(())
+}
+
+/// Takes the views of the second shape out of reach of the application roles.
+pub fn hide_second_shape(ctx: &mut Context) -> Result<()> {
+    let Context { migration, pairs, first, .. } = ctx;
+    let session = &mut first.session;
+    for name in pairs.iter().filter_map(|p| p.second_view.as_ref()) {
+        if crate::catalog::describe(session, name)?.is_some() {
+            grant_like(session, migration, name, None)?;
+        }
+    }
+    Ok(())
+}
+
+/// Drops the views of the second shape (cancel).
+pub fn drop_second_shape(ctx: &mut Context) -> Result<()> {
+    let session = &mut ctx.first.session;
+    for name in ctx.pairs.iter().filter_map(|p| p.second_view.as_ref()) {
+        session.batch(&format!("DROP VIEW IF EXISTS {name}"))?;
+    }
+    Ok(())
+}
+
+/// The managed views, their write twins, and the views of the second shape that are there, by oid, in the order in which
+/// a switch locks them.
+pub fn view_oids(ctx: &mut Context, managed: bool, second_shape: bool) -> Result<Vec<u32>> {
+    let mut names = Vec::new();
+    for pair in &ctx.pairs {
+        let m = Managed::new(pair);
+        if managed {
+            names.extend([m.view, m.write]);
+        }
+        if second_shape {
+            names.extend(pair.second_view.clone());
+        }
+    }
+    let names = crate::mapping::text::array_literal(names.iter().map(RelName::to_string));
+    let rows = ctx.first.session.query(
+        "SELECT to_regclass(n)::oid::int8 FROM unnest($1::text[]) WITH ORDINALITY AS u(n, i) WHERE to_regclass(n) IS NOT NULL ORDER BY i",
+        &[Some(&names)],
+    )?;
+    rows.iter().filter_map(|r| r[0].as_deref()).map(parse).collect()
+}
+
+fn saved_grants(ctx: &mut Context) -> Result<Vec<Option<Vec<Grant>>>> {
+    let rows = ctx.first.session.admin_query(
+        "SELECT coalesce(grants, 'null') FROM crossover.migrated_table WHERE migration_id = $1::text::int ORDER BY index",
+        &[Some(&ctx.migration.id.to_string())],
+    )?;
+    rows.iter()
+        .map(|r| serde_json::from_str(r[0].as_deref().unwrap_or("null")).map_err(|e| Error::internal(e.to_string())))
+        .collect()
+}
+
+fn oid_of(session: &mut LocalSession, rel: &RelName) -> Result<u32> {
+    let rows = session.query("SELECT $1::text::regclass::oid::int8", &[Some(&rel.to_string())])?;
+    parse(rows[0][0].as_deref().unwrap_or("0"))
+}
+
+/// The privileges on a relation in the order of its ACL; None where it has the built-in default (the owner's alone).
+fn grants_of(session: &mut LocalSession, oid: u32) -> Result<Option<Vec<Grant>>> {
+    let rows = session.query(
+        "SELECT CASE WHEN a.grantee <> 0 THEN pg_get_userbyid(a.grantee)::text END, a.privilege_type, a.is_grantable, a.col FROM ( \
+            SELECT e.*, NULL::text AS col, 0 AS attnum, n FROM pg_class c, aclexplode(c.relacl) WITH ORDINALITY e(grantor, grantee, privilege_type, is_grantable, n) WHERE c.oid = $1::text::oid \
+            UNION ALL SELECT e.*, a.attname::text, a.attnum, n FROM pg_attribute a, aclexplode(a.attacl) WITH ORDINALITY e(grantor, grantee, privilege_type, is_grantable, n) WHERE a.attrelid = $1::text::oid AND NOT a.attisdropped \
+         ) AS a ORDER BY a.attnum, a.n",
+        &[Some(&oid.to_string())],
+    )?;
+    if rows.is_empty() {
+        let default = session
+            .query("SELECT relacl IS NULL FROM pg_class WHERE oid = $1::text::oid", &[Some(&oid.to_string())])?;
+        if default.first().and_then(|r| r[0].as_deref()) == Some("t") {
+            return Ok(None);
+        }
+    }
+    Ok(Some(
+        rows.into_iter()
+            .map(|r| Grant {
+                grantee: r[0].clone(),
+                privilege: r[1].clone().unwrap_or_default(),
+                grantable: r[2].as_deref() == Some("t"),
+                column: r[3].clone(),
+            })
+            .collect(),
+    ))
+}
+
+fn grant_like(
+    session: &mut LocalSession,
+    migration: &Migration,
+    rel: &RelName,
+    grants: Option<&[Grant]>,
+) -> Result<()> {
+    let oid = oid_of(session, rel)?;
+    // Default privileges may have given a new view to roles that could not reach the table.
+    let held = grants_of(session, oid)?.unwrap_or_default();
+    session.batch(&view::set_grants(rel, &Ident::new(migration.owner_name.as_str()), grants, &held))
+}
+
+/// The table's comments, for the view.
+fn comments(session: &mut LocalSession, oid: u32, view: &RelName) -> Result<String> {
+    let rows = session.query(
+        "SELECT a.attname::text, d.description FROM pg_description d LEFT JOIN pg_attribute a ON a.attrelid = d.objoid AND a.attnum = d.objsubid AND d.objsubid > 0 \
+         WHERE d.classoid = 'pg_class'::regclass AND d.objoid = $1::text::oid ORDER BY d.objsubid",
+        &[Some(&oid.to_string())],
+    )?;
+    let mut sql = String::from("SELECT;\n");
+    for row in rows {
+        let text = quote_literal(row[1].as_deref().unwrap_or(""));
+        sql += &match &row[0] {
+            None => format!("COMMENT ON VIEW {view} IS {text};\n"),
+            Some(column) => format!("COMMENT ON COLUMN {view}.{} IS {text};\n", Ident::new(column.clone())),
+        };
+    }
+    Ok(sql)
+}
+
+/// The rules as views that an operator can look at, one for each direction.
+pub fn create_rule_views(
+    session: &mut LocalSession,
+    pairs: &[Pair],
+    migration: &Migration,
+    objects: &crate::mapping::sql::Objects,
+) -> Result<()> {
+    for pair in pairs {
+        session.batch(&search_path(&pair.first.rel))?;
+        for (direction, rules, target, source) in [
+            ("forward", &pair.forward, &pair.second, &pair.first.rel),
+            ("backward", &pair.backward, &pair.first, &pair.second.rel),
+        ] {
+            let name = objects.rule_view(direction, pair.index);
+            session.admin_batch(&format!(
+                "{};\nALTER VIEW {name} OWNER TO {};\nCOMMENT ON VIEW {name} IS {};\n",
+                crate::mapping::sql::create_rule_view(&name, rules, target, source),
+                migration.owner_name,
+                quote_literal(&format!("migration {}: the {direction} rule of {}", migration.name, pair.first.rel))
+            ))?;
+        }
+    }
+    session.batch("SET LOCAL search_path = pg_catalog, pg_temp")
+}
+
+pub fn drop_rule_views(
+    session: &mut LocalSession,
+    tables: usize,
+    objects: &crate::mapping::sql::Objects,
+) -> Result<()> {
+    for i in 0..tables {
+        for direction in ["forward", "backward"] {
+            session.admin_batch(&format!("DROP VIEW IF EXISTS {}", objects.rule_view(direction, i)))?;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,202 @@
+//! Files a caller's request, in a transaction of its own: the caller's may be rolled back, and may hold locks.
+//!
+//! The request travels in a dynamic shared memory segment; the answer is a row of `crossover.request`.
+
+use pgrx::pg_sys;
+use pgrx::prelude::*;
+use serde::{Deserialize, Serialize};
+
+use super::{assignment, connect, exit, my_database, start_migration};
+use crate::error::{Error, Result};
+use crate::store::local::{LocalSession, catch};
+use crate::store::{Isolation, Session, parse};
+
+/// What a function asks for.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Request {
+    pub name: String,
+    pub kind: String,
+    pub arguments: serde_json::Value,
+    pub who: String,
+    pub caller_pid: i32,
+    /// Seconds from now.
+    pub timeout: f64,
+    /// For `start`: the new migration.
+    pub start: Option<Start>,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Start {
+    pub owner: u32,
+    pub mapping: String,
+    pub options: String,
+}
+
+/// What the clerk says: the request's number, or why there is none.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub enum Reply {
+    Filed(i64),
+    Refused { sqlstate: String, message: String, detail: Option<String>, hint: Option<String> },
+}
+
+/// Bytes at the start of a segment: the length of the request, then of the reply.
+const HEADER: usize = 16;
+/// Room for a reply.
+const REPLY: usize = 16 * 1024;
+
+/// The memory that a caller and its clerk share.
+pub struct Segment(*mut pg_sys::dsm_segment);
+
+impl Segment {
+    pub fn create(request: &Request) -> Result<Segment> {
+        let text = serde_json::to_vec(request).map_err(|e| Error::internal(e.to_string()))?;
+        // SAFETY: the segment is as long as what is written into it; nobody else knows it yet.
+        unsafe {
+            let segment = pg_sys::dsm_create(HEADER + text.len() + REPLY, 0);
+            let base = pg_sys::dsm_segment_address(segment).cast::<u8>();
+            base.cast::<u64>().write_unaligned(text.len() as u64);
+            base.add(8).cast::<u64>().write_unaligned(0);
+            std::ptr::copy_nonoverlapping(text.as_ptr(), base.add(HEADER), text.len());
+            Ok(Segment(segment))
+        }
+    }
+
+    pub fn handle(&self) -> u32 {
+        // SAFETY: the segment is mapped while this value lives.
+        unsafe { pg_sys::dsm_segment_handle(self.0) }
+    }
+
+    fn attach(handle: u32) -> Option<Segment> {
+        // SAFETY: returns null when the creator is gone.
+        let segment = unsafe { pg_sys::dsm_attach(handle) };
+        (!segment.is_null()).then_some(Segment(segment))
+    }
+
+    fn request(&self) -> Result<Request> {
+        // SAFETY: written by `create` before the clerk was started.
+        let text = unsafe {
+            let base = pg_sys::dsm_segment_address(self.0).cast::<u8>();
+            let length = base.cast::<u64>().read_unaligned() as usize;
+            std::slice::from_raw_parts(base.add(HEADER), length)
+        };
+        serde_json::from_slice(text).map_err(|e| Error::internal(e.to_string()))
+    }
+
+    fn answer(&self, reply: &Reply) {
+        let mut text = serde_json::to_vec(reply).unwrap_or_default();
+        if text.len() > REPLY {
+            text = serde_json::to_vec(&Reply::Refused {
+                sqlstate: "XX000".into(),
+                message: "the error was too long to report".into(),
+                detail: None,
+                hint: None,
+            })
+            .unwrap_or_default();
+        }
+        // SAFETY: the reply's room follows the request; the length is written last, and read after the clerk has ended.
+        unsafe {
+            let base = pg_sys::dsm_segment_address(self.0).cast::<u8>();
+            let length = base.cast::<u64>().read_unaligned() as usize;
+            std::ptr::copy_nonoverlapping(text.as_ptr(), base.add(HEADER + length), text.len());
+            std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst);
+            base.add(8).cast::<u64>().write_unaligned(text.len() as u64);
+        }
+    }
+
+    /// The reply, once the clerk has ended; None when it died without one.
+    pub fn reply(&self) -> Option<Reply> {
+        // SAFETY: as in `answer`.
+        let text = unsafe {
+            let base = pg_sys::dsm_segment_address(self.0).cast::<u8>();
+            let length = base.cast::<u64>().read_unaligned() as usize;
+            let reply = base.add(8).cast::<u64>().read_volatile() as usize;
+            std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst);
+            std::slice::from_raw_parts(base.add(HEADER + length), reply)
+        };
+        serde_json::from_slice(text).ok()
+    }
+
+    pub fn detach(self) {
+        // SAFETY: nobody uses the address afterwards.
+        unsafe { pg_sys::dsm_detach(self.0) }
+    }
+}
+
+#[pg_guard]
+#[unsafe(no_mangle)]
+pub extern "C-unwind" fn crossover_clerk_main(_arg: pg_sys::Datum) {
+    let assignment = assignment();
+    connect(assignment);
+    // Attaching needs a resource owner, and the mapping must outlive the transaction.
+    // SAFETY: as parallel workers do it.
+    unsafe {
+        pg_sys::CurrentResourceOwner =
+            pg_sys::ResourceOwnerCreate(std::ptr::null_mut(), c"pg_crossover clerk".as_ptr());
+    }
+    let Ok(Some(segment)) = catch(|| Segment::attach(assignment.number)) else { exit(1) };
+    // SAFETY: keeps the mapping until the process ends.
+    unsafe { pg_sys::dsm_pin_mapping(segment.0) };
+    let reply = match segment.request().and_then(|r| file(&r)) {
+        Ok(id) => Reply::Filed(id),
+        Err(e) => Reply::Refused { sqlstate: e.sqlstate(), message: e.to_string(), detail: e.detail(), hint: e.hint() },
+    };
+    segment.answer(&reply);
+    exit(0)
+}
+
+fn file(request: &Request) -> Result<i64> {
+    let mut session = LocalSession::new()?;
+    session.begin(Isolation::ReadCommitted, &[])?;
+    let filed = file_in(&mut session, request);
+    match filed {
+        Ok((id, owner, migration)) => {
+            session.commit()?;
+            if request.start.is_some() {
+                start_migration(my_database(), pg_sys::Oid::from(owner), migration)?;
+            }
+            Ok(id)
+        }
+        Err(e) => {
+            session.rollback();
+            Err(e)
+        }
+    }
+}
+
+fn file_in(session: &mut LocalSession, request: &Request) -> Result<(i64, u32, i32)> {
+    if let Some(start) = &request.start {
+        // An ended migration gives its name up.
+        session.execute(
+            "DELETE FROM crossover.migration WHERE name = $1::text AND phase = 'done' AND state IN ('finished', 'cancelled')",
+            &[Some(&request.name)],
+        )?;
+        let taken = session.query("SELECT FROM crossover.migration WHERE name = $1::text", &[Some(&request.name)])?;
+        if !taken.is_empty() {
+            return Err(Error::NameTaken { name: request.name.clone() });
+        }
+        session.execute("DELETE FROM crossover.history WHERE name = $1::text", &[Some(&request.name)])?;
+        session.execute("DELETE FROM crossover.conflict WHERE name = $1::text", &[Some(&request.name)])?;
+        session.execute(
+            "WITH m AS (INSERT INTO crossover.migration (name, tag, owner, server_id, mapping, options, state, phase) \
+             VALUES ($1::text, left(replace(gen_random_uuid()::text, '-', ''), 8), $2::text::oid, 0, $3::text, $4::text, 'copying', 'setting up') RETURNING id) \
+             INSERT INTO crossover.activity (migration_id) SELECT id FROM m",
+            &[Some(&request.name), Some(&start.owner.to_string()), Some(&start.mapping), Some(&start.options)],
+        )?;
+    }
+    let rows = session.query(
+        "INSERT INTO crossover.request (migration_id, kind, arguments, who, caller_pid, deadline) \
+         SELECT id, $2::text, $3::text::jsonb, $4::text, $5::text::int, clock_timestamp() + make_interval(secs => $6::text::float8) \
+         FROM crossover.migration WHERE name = $1::text RETURNING id, (SELECT owner::int8 FROM crossover.migration m WHERE m.id = migration_id), migration_id",
+        &[
+            Some(&request.name),
+            Some(&request.kind),
+            Some(&request.arguments.to_string()),
+            Some(&request.who),
+            Some(&request.caller_pid.to_string()),
+            Some(&request.timeout.to_string()),
+        ],
+    )?;
+    let Some(row) = rows.first() else { return Err(Error::UnknownMigration { name: request.name.clone() }) };
+    let field = |i: usize| row[i].as_deref().unwrap_or("");
+    Ok((parse(field(0))?, parse(field(1))?, parse(field(2))?))
+}

@@ -1,0 +1,580 @@
+//! The worker of one migration: serves requests, copies, replicates, and tells how it is doing.
+//!
+//! One loop; each turn is short and repeatable. An error ends the turn's transactions, is shown in `migration_status`, and the
+//! next turn comes after a pause that grows. What the loop must know after a crash is in the catalog or on the stores.
+
+use std::time::{Duration, Instant};
+
+use pgrx::pg_sys;
+use pgrx::prelude::*;
+
+use super::{Assignment, Handle, assignment, connect, exit, my_database, reload_configuration, start_copy};
+use crate::context::Context;
+use crate::copy;
+use crate::cycle::{self, Outcome};
+use crate::error::{Error, Result};
+use crate::lock::{Patience, wait_latch};
+use crate::mapping::model::Mapping;
+use crate::settings;
+use crate::setup;
+use crate::state::{Phase, State};
+use crate::store::local::{LocalSession, catch};
+use crate::store::{Isolation, Session, parse};
+use crate::switch::{self, Order};
+
+/// The longest pause between two tries after an error.
+const MAX_BACKOFF: Duration = Duration::from_secs(5);
+/// How often parked rows are tried again, logs are emptied, figures are written.
+const PARKED_EVERY: Duration = Duration::from_secs(5);
+const ROTATE_EVERY: Duration = Duration::from_secs(10);
+const FIGURES_EVERY: Duration = Duration::from_millis(500);
+/// Scopes in a catching-up cycle below which the copy counts as caught up.
+const CAUGHT_UP: usize = 1000;
+
+#[pg_guard]
+#[unsafe(no_mangle)]
+pub extern "C-unwind" fn crossover_migration_main(_arg: pg_sys::Datum) {
+    let assignment = assignment();
+    connect(assignment);
+    match run(assignment) {
+        Ok(()) => exit(0),
+        Err(e) => {
+            crate::error::raise(PgLogLevel::WARNING, &e);
+            exit(1)
+        }
+    }
+}
+
+/// Only one worker serves a migration, however many were started.
+fn claim(id: i32) -> Result<bool> {
+    // SAFETY: a session lock on an object of this database; released when the process ends.
+    catch(|| unsafe {
+        pg_sys::StartTransactionCommand();
+        let namespace = pg_sys::get_namespace_oid(c"crossover".as_ptr(), true);
+        let class = pg_sys::get_relname_relid(c"migration".as_ptr(), namespace);
+        let tag = pg_sys::LOCKTAG {
+            locktag_field1: pg_sys::MyDatabaseId.to_u32(),
+            locktag_field2: class.to_u32(),
+            locktag_field3: id as u32,
+            locktag_field4: 0,
+            locktag_type: pg_sys::LockTagType::LOCKTAG_OBJECT as u8,
+            locktag_lockmethodid: pg_sys::DEFAULT_LOCKMETHOD as u8,
+        };
+        let result = pg_sys::LockAcquire(&tag, pg_sys::ExclusiveLock as i32, true, true);
+        pg_sys::CommitTransactionCommand();
+        result != pg_sys::LockAcquireResult::LOCKACQUIRE_NOT_AVAIL
+    })
+}
+
+struct Worker {
+    ctx: Context,
+    copiers: Vec<Handle>,
+    failures: u32,
+    retry_at: Option<Instant>,
+    parked_at: Instant,
+    rotate_at: Instant,
+    figures_at: Instant,
+    copied: u64,
+    had_error: bool,
+}
+
+/// What a turn of the loop wants next.
+enum Next {
+    Again,
+    Wait(Duration),
+    Stop,
+}
+
+fn run(assignment: Assignment) -> Result<()> {
+    let id = assignment.number as i32;
+    let mut session = LocalSession::new()?;
+    session.pin_settings()?;
+    if !claim(id)? {
+        return Ok(());
+    }
+    let Some(ctx) = Context::load(session, id)? else { return Ok(()) };
+    let now = Instant::now();
+    let mut worker = Worker {
+        ctx,
+        copiers: Vec::new(),
+        failures: 0,
+        retry_at: None,
+        parked_at: now,
+        rotate_at: now,
+        figures_at: now,
+        copied: 0,
+        had_error: true,
+    };
+    worker.begin()?;
+    loop {
+        // SAFETY: starts the statement clock of this turn.
+        unsafe { pg_sys::SetCurrentStatementStartTimestamp() };
+        reload_configuration();
+        wait_latch(Duration::ZERO);
+        let next = match worker.turn() {
+            Ok(next) => next,
+            Err(e) => worker.failed(&e),
+        };
+        match next {
+            Next::Again => {}
+            Next::Wait(time) => wait_latch(time),
+            Next::Stop => return Ok(()),
+        }
+    }
+}
+
+impl Worker {
+    fn id(&self) -> String {
+        self.ctx.migration.id.to_string()
+    }
+
+    fn write(&mut self, sql: &str, params: &[Option<&str>]) -> Result<u64> {
+        self.ctx.first.session.write(sql, params)
+    }
+
+    fn begin(&mut self) -> Result<()> {
+        let id = self.id();
+        // SAFETY: this process's pid.
+        let pid = unsafe { pg_sys::MyProcPid }.to_string();
+        self.write(
+            "UPDATE crossover.activity SET worker_pid = $2::text::int WHERE migration_id = $1::text::int",
+            &[Some(&id), Some(&pid)],
+        )?;
+        // What a predecessor was doing when it died is done again: every request can be repeated.
+        self.write(
+            "UPDATE crossover.request SET status = 'queued' WHERE migration_id = $1::text::int AND status = 'running'",
+            &[Some(&id)],
+        )?;
+        if self.ctx.migration.phase != Phase::SettingUp {
+            self.ctx.load_tables()?;
+        }
+        Ok(())
+    }
+
+    fn turn(&mut self) -> Result<Next> {
+        if !self.ctx.reload()? {
+            return Ok(Next::Stop);
+        }
+        if let Some(next) = self.serve()? {
+            return Ok(next);
+        }
+        if let Some(at) = self.retry_at
+            && Instant::now() < at
+        {
+            return Ok(Next::Wait((at - Instant::now()).min(Duration::from_millis(100))));
+        }
+        let next = self.work()?;
+        self.recovered()?;
+        Ok(next)
+    }
+
+    /// What the migration's state and phase ask for.
+    fn work(&mut self) -> Result<Next> {
+        let idle = Next::Wait(settings::idle_wait());
+        let (state, phase) = (self.ctx.migration.state, self.ctx.migration.phase);
+        match phase {
+            Phase::SettingUp => {
+                // Nobody waits for this start any more: undo what it has done.
+                self.undo_start()?;
+                return Ok(Next::Stop);
+            }
+            Phase::Done => return Ok(Next::Stop),
+            Phase::Finishing => {
+                switch::clean_up(&mut self.ctx)?;
+                return Ok(Next::Stop);
+            }
+            _ => {}
+        }
+        if self.ctx.migration.paused {
+            self.ctx.second = None;
+            return Ok(idle);
+        }
+        if state == State::Copying && phase == Phase::Copying {
+            return self.copy();
+        }
+        let retry_parked = self.parked_at <= Instant::now();
+        if retry_parked {
+            self.parked_at = Instant::now() + PARKED_EVERY;
+        }
+        let outcome = cycle::run(&mut self.ctx, retry_parked)?;
+        self.copied += outcome.rows;
+        if phase == Phase::FencePending {
+            let order = Order {
+                who: String::new(),
+                caller_pid: 0,
+                patience: Patience::until(Instant::now() + Duration::from_secs(2)),
+            };
+            switch::fence_pending(&mut self.ctx, &order)?;
+        }
+        if phase == Phase::CatchingUp && outcome.scopes < CAUGHT_UP && outcome.contended == 0 {
+            copy::analyze(&mut self.ctx)?;
+            copy::enter_first(&mut self.ctx, self.copied)?;
+        }
+        self.figures(&outcome)?;
+        self.rotate()?;
+        Ok(if outcome.scopes > 0 && outcome.contended < outcome.scopes { Next::Again } else { idle })
+    }
+
+    /// Keeps copy workers going until every chunk is there.
+    fn copy(&mut self) -> Result<Next> {
+        self.ctx.connect()?;
+        setup::ensure_watermark(&mut self.ctx)?;
+        self.copiers.retain(|c| !c.has_stopped());
+        if self.copiers.is_empty() && copy::is_complete(&mut self.ctx)? {
+            copy::complete(&mut self.ctx)?;
+            return Ok(Next::Again);
+        }
+        // SAFETY: the role's oid is this process's session user.
+        let owner = unsafe { pg_sys::GetSessionUserId() };
+        while self.copiers.len() < self.ctx.migration.options.copy_workers as usize {
+            match start_copy(my_database(), owner, self.ctx.migration.id) {
+                Ok(handle) => self.copiers.push(handle),
+                // Fewer workers than wished for will do; none is an error.
+                Err(_) if !self.copiers.is_empty() => break,
+                Err(e) => return Err(e),
+            }
+        }
+        self.figures(&Outcome::default())?;
+        Ok(Next::Wait(Duration::from_millis(100)))
+    }
+
+    /// Serves the oldest request, if there is one that can be served now.
+    fn serve(&mut self) -> Result<Option<Next>> {
+        let id = self.id();
+        let rows = self.ctx.first.session.read(
+            "SELECT id, kind, arguments::text, who, caller_pid, extract(epoch FROM deadline - clock_timestamp()) FROM crossover.request \
+             WHERE migration_id = $1::text::int AND status = 'queued' ORDER BY kind = 'wait', id",
+            &[Some(&id)],
+        )?;
+        for row in rows {
+            let field = |i: usize| row[i].clone().unwrap_or_default();
+            let left: f64 = parse(&field(5))?;
+            if left <= 0.0 {
+                self.answer(
+                    &field(0),
+                    &Err(Error::Timeout {
+                        name: self.ctx.migration.name.clone(),
+                        waited_ms: 0,
+                        detail: "The request was not served in time.".into(),
+                    }),
+                )?;
+                continue;
+            }
+            let order = Order {
+                who: field(3),
+                caller_pid: parse(&field(4))?,
+                patience: Patience::until(Instant::now() + Duration::from_secs_f64(left)),
+            };
+            let arguments: serde_json::Value = serde_json::from_str(&field(2)).unwrap_or_default();
+            if field(1) == "wait" {
+                if let Some(result) = self.caught_up()? {
+                    self.answer(&field(0), &result)?;
+                }
+                continue;
+            }
+            self.write(
+                "UPDATE crossover.request SET status = 'running' WHERE id = $1::text::bigint",
+                &[Some(&field(0))],
+            )?;
+            let result = self.carry_out(&field(1), &arguments, &order);
+            self.ctx.rollback_all();
+            let started = field(1) == "start";
+            if started && result.is_err() {
+                // The answer first: the request goes with the migration.
+                self.answer(&field(0), &result)?;
+                self.await_reader(&field(0));
+                self.undo_start()?;
+                return Ok(Some(Next::Stop));
+            }
+            self.answer(&field(0), &result)?;
+            return Ok(Some(Next::Again));
+        }
+        Ok(None)
+    }
+
+    fn carry_out(&mut self, kind: &str, arguments: &serde_json::Value, order: &Order) -> Result<()> {
+        match kind {
+            "start" => setup::run(&mut self.ctx, order.patience, &order.who, order.caller_pid),
+            "set_state" => {
+                let to: State = arguments["state"].as_str().unwrap_or("").parse().map_err(Error::Internal)?;
+                self.resumed_only("change its state")?;
+                switch::set_state(&mut self.ctx, to, order)
+            }
+            "pause" | "resume" => {
+                let id = self.id();
+                let paused = if kind == "pause" { "t" } else { "f" };
+                self.write(
+                    "UPDATE crossover.migration SET paused = $2::text::boolean WHERE id = $1::text::int",
+                    &[Some(&id), Some(paused)],
+                )?;
+                while kind == "pause" && !self.copiers.is_empty() {
+                    wait_latch(Duration::from_millis(10));
+                    self.copiers.retain(|c| !c.has_stopped());
+                }
+                self.retry_at = None;
+                Ok(())
+            }
+            "finish" => {
+                switch::finish(&mut self.ctx, order, arguments["drop_first"].as_bool().unwrap_or(false))?;
+                self.clean_up(order)
+            }
+            "cancel" => {
+                switch::cancel(&mut self.ctx, order)?;
+                while !self.copiers.is_empty() {
+                    wait_latch(Duration::from_millis(10));
+                    self.copiers.retain(|c| !c.has_stopped());
+                }
+                let result = self.clean_up(order);
+                if result.is_err() && arguments["force"].as_bool() == Some(true) { Ok(()) } else { result }
+            }
+            other => Err(Error::internal(format!("unknown request \"{other}\""))),
+        }
+    }
+
+    fn resumed_only(&self, action: &'static str) -> Result<()> {
+        if !self.ctx.migration.paused {
+            return Ok(());
+        }
+        Err(Error::WrongState {
+            name: self.ctx.migration.name.clone(),
+            action,
+            state: self.ctx.migration.state,
+            hint: "It is paused: call migration_resume first.",
+        })
+    }
+
+    /// The second server's part of finish and cancel, as long as the caller waits; the loop goes on with it.
+    fn clean_up(&mut self, order: &Order) -> Result<()> {
+        loop {
+            match switch::clean_up(&mut self.ctx) {
+                Err(e) if !order.patience.is_over() && (e.is_contention() || is_transient(&e)) => {
+                    self.ctx.rollback_all();
+                    order.patience.pause();
+                }
+                result => return result,
+            }
+        }
+    }
+
+    /// For `wait`: None while there is more to do; an answer when the copy is complete and nothing is left to replicate.
+    fn caught_up(&mut self) -> Result<Option<Result<()>>> {
+        let m = &self.ctx.migration;
+        if m.state.has_ended() {
+            return Ok(Some(Ok(())));
+        }
+        if m.paused {
+            return Ok(Some(self.resumed_only("catch up")));
+        }
+        if m.state == State::Copying
+            || m.phase == Phase::FencePending
+            || self.retry_at.is_some_and(|at| Instant::now() < at)
+        {
+            return Ok(None);
+        }
+        let outcome = cycle::run(&mut self.ctx, true)?;
+        self.figures(&outcome)?;
+        if outcome.parked > 0 {
+            return Ok(Some(Err(Error::Parked {
+                name: self.ctx.migration.name.clone(),
+                count: outcome.parked as i64,
+            })));
+        }
+        Ok((outcome.contended == 0).then_some(Ok(())))
+    }
+
+    fn answer(&mut self, request: &str, result: &Result<()>) -> Result<()> {
+        let (status, answer) = match result {
+            Ok(()) => ("done", serde_json::json!({ "state": self.ctx.migration.state.as_str() })),
+            Err(e) => (
+                "failed",
+                serde_json::json!({ "sqlstate": e.sqlstate(), "message": e.to_string(), "detail": e.detail(), "hint": e.hint() }),
+            ),
+        };
+        self.write(
+            "UPDATE crossover.request SET status = $2::text, answer = $3::text::jsonb WHERE id = $1::text::bigint",
+            &[Some(request), Some(status), Some(&answer.to_string())],
+        )?;
+        Ok(())
+    }
+
+    /// Gives the caller a moment to read its answer before the row goes.
+    fn await_reader(&mut self, request: &str) {
+        let until = Instant::now() + Duration::from_secs(5);
+        while Instant::now() < until {
+            let taken = self.ctx.first.session.read(
+                "SELECT NOT EXISTS (SELECT FROM crossover.request r JOIN pg_stat_activity a ON a.pid = r.caller_pid WHERE r.id = $1::text::bigint \
+                    AND a.wait_event = 'Extension')",
+                &[Some(request)],
+            );
+            if taken.is_ok_and(|r| r[0][0].as_deref() == Some("t")) {
+                return;
+            }
+            wait_latch(Duration::from_millis(20));
+        }
+    }
+
+    /// Removes what a failed start has installed, and the migration.
+    fn undo_start(&mut self) -> Result<()> {
+        self.ctx.rollback_all();
+        self.ctx.migration.phase = Phase::SettingUp;
+        let named = Mapping::parse(&self.ctx.migration.mapping).unwrap_or_default();
+        if self.ctx.pairs.is_empty() && !named.is_empty() {
+            // After a restart: the tables are described again, if they still can be.
+            if let Ok(()) = self.ctx.load_tables() {}
+        }
+        if !self.ctx.pairs.is_empty() {
+            setup::remove_first(&mut self.ctx)?;
+            setup::remove_second(&mut self.ctx, false)?;
+        }
+        let id = self.id();
+        self.write("DELETE FROM crossover.migration WHERE id = $1::text::int", &[Some(&id)])?;
+        Ok(())
+    }
+
+    fn failed(&mut self, error: &Error) -> Next {
+        self.ctx.rollback_all();
+        if self.ctx.first.session.in_transaction() {
+            exit(1);
+        }
+        // A client in the way is everyday business in `both`: try again soon, and say nothing.
+        if error.is_contention() && self.failures < 3 {
+            self.failures += 1;
+            return Next::Wait(Duration::from_millis(20));
+        }
+        self.failures += 1;
+        let pause = Duration::from_millis(100).saturating_mul(1 << self.failures.min(6)).min(MAX_BACKOFF);
+        self.retry_at = Some(Instant::now() + pause);
+        self.had_error = true;
+        let id = self.id();
+        let text = error.detail().map_or_else(|| error.to_string(), |d| format!("{error}: {d}"));
+        let waiting = if is_transient(error) { "the second server" } else { "the error to be mended" };
+        let shown = self.write(
+            "UPDATE crossover.activity SET last_error = $2::text, last_error_at = clock_timestamp(), last_error_hint = $3::text, \
+             waiting_for = $4::text, retries = retries + 1 WHERE migration_id = $1::text::int",
+            &[Some(&id), Some(&text), error.hint().as_deref(), Some(waiting)],
+        );
+        if shown.is_err() {
+            exit(1);
+        }
+        Next::Wait(Duration::from_millis(50))
+    }
+
+    /// After an error: replication works again.
+    fn recovered(&mut self) -> Result<()> {
+        self.failures = 0;
+        self.retry_at = None;
+        if self.had_error {
+            self.had_error = false;
+            let id = self.id();
+            self.write(
+                "UPDATE crossover.activity SET waiting_for = NULL, last_error_hint = NULL WHERE migration_id = $1::text::int",
+                &[Some(&id)],
+            )?;
+        }
+        Ok(())
+    }
+
+    /// Writes the figures that `migration_status` shows, brings conflicts home and lists parked rows.
+    fn figures(&mut self, outcome: &Outcome) -> Result<()> {
+        if Instant::now() < self.figures_at {
+            return Ok(());
+        }
+        self.figures_at = Instant::now() + FIGURES_EVERY;
+        self.ctx.first.session.begin(Isolation::ReadCommitted, &[])?;
+        let bytes = self.ctx.first.log_bytes();
+        self.ctx.first.session.rollback();
+        let bytes = bytes?;
+        let id = self.id();
+        let (rows, parked) = (outcome.scopes.to_string(), outcome.parked.to_string());
+        let since = outcome.oldest.filter(|_| outcome.scopes > 0).map(|m| m.to_string());
+        self.write(
+            "UPDATE crossover.activity SET backlog_rows = $2::text::bigint, backlog_since = to_timestamp($3::text::numeric / 1000000), \
+             log_bytes = $4::text::bigint, parked = $5::text::bigint WHERE migration_id = $1::text::int \
+             AND (backlog_rows, log_bytes, parked) IS DISTINCT FROM ($2::text::bigint, $4::text::bigint, $5::text::bigint)",
+            &[Some(&id), Some(&rows), since.as_deref(), Some(&bytes.to_string()), Some(&parked)],
+        )?;
+        if self.ctx.second.is_some() && self.ctx.migration.state != State::Copying {
+            switch::bring_conflicts_home(&mut self.ctx)?;
+        }
+        if outcome.parked > 0 || self.had_error || self.parked_listed() {
+            self.list_parked()?;
+        }
+        Ok(())
+    }
+
+    fn parked_listed(&mut self) -> bool {
+        let name = self.ctx.migration.name.clone();
+        let rows = self.ctx.first.session.read(
+            "SELECT EXISTS (SELECT FROM crossover.conflict WHERE name = $1::text AND kind = 'parked' AND resolved_at IS NULL)",
+            &[Some(&name)],
+        );
+        rows.is_ok_and(|r| r[0][0].as_deref() == Some("t"))
+    }
+
+    /// `migration_conflicts` shows what the stores refuse now, and since when a row that it refused is in.
+    fn list_parked(&mut self) -> Result<()> {
+        let names: Vec<String> = self.ctx.pairs.iter().map(|p| p.first.rel.to_string()).collect();
+        let name = self.ctx.migration.name.clone();
+        let Ok((first, second)) = self.ctx.stores() else { return Ok(()) };
+        let mut parked = Vec::new();
+        for (i, owed) in second.owed()?.into_iter().enumerate() {
+            parked.extend(owed.into_iter().filter(|o| o.error.is_some()).map(|o| (names[i].clone(), o)));
+        }
+        first.session.begin(Isolation::ReadCommitted, &[])?;
+        let result = (|| {
+            for (i, owed) in first.owed()?.into_iter().enumerate() {
+                parked.extend(owed.into_iter().filter(|o| o.error.is_some()).map(|o| (names[i].clone(), o)));
+            }
+            let keys = crate::mapping::text::array_literal(parked.iter().map(|(t, o)| format!("{t} {}", o.key)));
+            first.session.admin_execute(
+                "UPDATE crossover.conflict SET resolved_at = clock_timestamp() WHERE name = $1::text AND kind = 'parked' AND resolved_at IS NULL \
+                 AND table_name || ' ' || key <> ALL ($2::text[])",
+                &[Some(&name), Some(&keys)],
+            )?;
+            for (table, o) in &parked {
+                first.session.admin_execute(
+                    "INSERT INTO crossover.conflict (name, table_name, key, kind, error, first_image) SELECT $1::text, $2::text, $3::text, 'parked', $4::text, to_jsonb($5::text) \
+                     WHERE NOT EXISTS (SELECT FROM crossover.conflict WHERE name = $1::text AND table_name = $2::text AND key = $3::text AND kind = 'parked' AND resolved_at IS NULL)",
+                    &[Some(&name), Some(table), Some(&o.key), o.error.as_deref(), o.image.as_deref()],
+                )?;
+            }
+            first.session.commit()
+        })();
+        if result.is_err() {
+            first.session.rollback();
+        }
+        result
+    }
+
+    /// Empties consumed logs on both stores, and forgets old requests.
+    fn rotate(&mut self) -> Result<()> {
+        if Instant::now() < self.rotate_at {
+            return Ok(());
+        }
+        self.rotate_at = Instant::now() + ROTATE_EVERY;
+        let retention = settings::log_retention();
+        let (first, second) = self.ctx.stores()?;
+        if let Some(mark) = second.watermark()? {
+            first.rotate_log(&mark.snapshot, retention)?;
+        }
+        first.session.begin(Isolation::ReadCommitted, &[])?;
+        let mark = first.watermark();
+        first.session.rollback();
+        if let Some(mark) = mark? {
+            second.rotate_log(&mark.snapshot, retention)?;
+        }
+        let id = self.id();
+        self.write(
+            "DELETE FROM crossover.request WHERE migration_id = $1::text::int AND status IN ('done', 'failed') AND created_at < clock_timestamp() - interval '1 day'",
+            &[Some(&id)],
+        )?;
+        Ok(())
+    }
+}
+
+/// The second server is away, or says "later".
+fn is_transient(error: &Error) -> bool {
+    let code = error.sqlstate();
+    matches!(error, Error::RemoteConnection { .. } | Error::RemoteTimeout | Error::Fault(_))
+        || ["08", "53", "57P", "40"].iter().any(|class| code.starts_with(class))
+}

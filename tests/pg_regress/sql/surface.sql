@@ -1,0 +1,31 @@
+-- What CREATE EXTENSION makes for a user: functions, views, settings; and who may use them.
+SET client_min_messages = warning;
+CREATE EXTENSION IF NOT EXISTS postgres_fdw;
+CREATE EXTENSION IF NOT EXISTS pg_crossover;
+RESET client_min_messages;
+
+SELECT p.proname, pg_get_function_arguments(p.oid) AS arguments, pg_get_function_result(p.oid) AS result
+  FROM pg_proc p WHERE p.proname ~ '^migration_' AND p.pronamespace = 'public'::regnamespace ORDER BY 1;
+
+SELECT enum_range(NULL::migration_state);
+
+SELECT c.relname, a.attname, format_type(a.atttypid, a.atttypmod) AS type
+  FROM pg_class c JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0
+ WHERE c.relname ~ '^migration_' AND c.relnamespace = 'public'::regnamespace AND c.relkind = 'v'
+ ORDER BY c.relname, a.attnum;
+
+SELECT name, setting, unit, context FROM pg_settings WHERE name ~ '^crossover\.' ORDER BY name;
+
+-- Nothing is executable by PUBLIC.
+SELECT p.proname FROM pg_proc p
+ WHERE p.proname ~ '^migration_' AND p.pronamespace = 'public'::regnamespace
+   AND has_function_privilege('public', p.oid, 'EXECUTE');
+CREATE ROLE regress_crossover_nobody;
+SET ROLE regress_crossover_nobody;
+SELECT migration_cancel('shop');
+\echo :SQLSTATE
+SELECT count(*) FROM migration_status;
+SELECT count(*) FROM crossover.migration;
+\echo :SQLSTATE
+RESET ROLE;
+DROP ROLE regress_crossover_nobody;
