@@ -74,7 +74,7 @@ test-cluster: test-build ## real clusters, real clients; one test: make test-clu
 	PG_CONFIG=$(CLUSTER_PG_CONFIG) cargo test --manifest-path pgrx-tests/Cargo.toml $(T)
 
 test-build: setup ## the extension with fault points, in the throwaway prefix
-	@$(MAKE) $(INSTALLED)
+	@$(MAKE) --silent $(INSTALLED)
 
 # The library is removed first: a server that still runs with it keeps its own.
 $(INSTALLED): $(SOURCES) $(CROSSOVER_PREFIX)/pg$(PG)/version

@@ -3,7 +3,10 @@ CREATE FUNCTION crossover.visible(owner oid) RETURNS boolean LANGUAGE sql STABLE
 RETURN pg_catalog.pg_has_role(owner, 'USAGE');
 
 CREATE VIEW migration_status AS
-SELECT m.name, m.state::migration_state AS state, m.phase, m.paused,
+SELECT m.name, m.state::migration_state AS state,
+       CASE WHEN m.phase IN ('replicating', 'fence pending') AND EXISTS (
+                SELECT FROM crossover.request r WHERE r.migration_id = m.id AND r.kind = 'set_state' AND r.status = 'running')
+            THEN 'switching' ELSE m.phase END AS phase, m.paused,
        a.backlog_rows,
        round(extract(epoch FROM clock_timestamp() - a.backlog_since), 1) AS backlog_seconds,
        a.log_bytes, a.last_error, a.last_error_at,

@@ -117,9 +117,11 @@ fn attempts(ctx: &mut Context, order: &Order, to: State) -> Result<()> {
         if !e.is_contention() && !matches!(e, Error::RemoteTimeout) {
             return Err(e);
         }
+        let error = blocked(ctx, order, to)?;
         if order.patience.is_over() {
-            return Err(blocked(ctx, order, to)?);
+            return Err(error);
         }
+        show_waiting(ctx, error.detail().as_deref())?;
         order.patience.pause();
         if let Err(e) = cycle::run(ctx, false)
             && !e.is_contention()
@@ -159,6 +161,13 @@ fn blocked(ctx: &mut Context, order: &Order, to: State) -> Result<Error> {
         all.holders.extend(holders);
     }
     Ok(lock::timed_out(&name, &order.patience, all))
+}
+
+/// What an order waits for, in `migration_status`.
+pub fn show_waiting(ctx: &mut Context, text: Option<&str>) -> Result<()> {
+    let id = ctx.migration.id.to_string();
+    let sql = "UPDATE crossover.activity SET waiting_for = $2::text WHERE migration_id = $1::text::int";
+    ctx.first.session.write(sql, &[Some(&id), text]).map(drop)
 }
 
 /// Opens T1 and takes its locks: views, then (if first is to lose its writers) the tables.
@@ -402,9 +411,11 @@ fn open_second_fenced(ctx: &mut Context, order: &Order) -> Result<()> {
         if !e.is_contention() {
             return Err(e);
         }
+        let error = blocked(ctx, order, State::Second)?;
         if order.patience.is_over() {
-            return Err(blocked(ctx, order, State::Second)?);
+            return Err(error);
         }
+        show_waiting(ctx, error.detail().as_deref())?;
         order.patience.pause();
         ctx.connect()?;
     }
@@ -511,9 +522,11 @@ fn end(ctx: &mut Context, order: &Order, to: State, work: impl Fn(&mut Context) 
         if !e.is_contention() {
             return Err(e);
         }
+        let error = blocked(ctx, order, State::Second)?;
         if order.patience.is_over() {
-            return Err(blocked(ctx, order, State::Second)?);
+            return Err(error);
         }
+        show_waiting(ctx, error.detail().as_deref())?;
         order.patience.pause();
     }
 }

@@ -186,8 +186,8 @@ fn oid_of(session: &mut LocalSession, rel: &RelName) -> Result<u32> {
 fn grants_of(session: &mut LocalSession, oid: u32) -> Result<Option<Vec<Grant>>> {
     let rows = session.query(
         "SELECT CASE WHEN a.grantee <> 0 THEN pg_get_userbyid(a.grantee)::text END, a.privilege_type, a.is_grantable, a.col FROM ( \
-            SELECT e.*, NULL::text AS col, 0 AS attnum, n FROM pg_class c, aclexplode(c.relacl) WITH ORDINALITY e(grantor, grantee, privilege_type, is_grantable, n) WHERE c.oid = $1::text::oid \
-            UNION ALL SELECT e.*, a.attname::text, a.attnum, n FROM pg_attribute a, aclexplode(a.attacl) WITH ORDINALITY e(grantor, grantee, privilege_type, is_grantable, n) WHERE a.attrelid = $1::text::oid AND NOT a.attisdropped \
+            SELECT e.*, NULL::text AS col, 0 AS attnum FROM pg_class c, aclexplode(c.relacl) WITH ORDINALITY e(grantor, grantee, privilege_type, is_grantable, n) WHERE c.oid = $1::text::oid \
+            UNION ALL SELECT e.*, a.attname::text, a.attnum FROM pg_attribute a, aclexplode(a.attacl) WITH ORDINALITY e(grantor, grantee, privilege_type, is_grantable, n) WHERE a.attrelid = $1::text::oid AND NOT a.attisdropped \
          ) AS a ORDER BY a.attnum, a.n",
         &[Some(&oid.to_string())],
     )?;

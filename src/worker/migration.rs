@@ -278,6 +278,7 @@ impl Worker {
             )?;
             let result = self.carry_out(&field(1), &arguments, &order);
             self.ctx.rollback_all();
+            switch::show_waiting(&mut self.ctx, None)?;
             let started = field(1) == "start";
             if started && result.is_err() {
                 // The answer first: the request goes with the migration.
