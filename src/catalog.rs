@@ -18,6 +18,7 @@ pub struct Migration {
     pub tag: String,
     pub owner: u32,
     pub owner_name: Ident,
+    pub owner_is_superuser: bool,
     pub server_id: u32,
     pub mapping: String,
     pub options: Options,
@@ -31,7 +32,7 @@ impl Migration {
     /// The migration with this id; None when it is gone.
     pub fn load<S: Session>(session: &mut S, id: i32) -> Result<Option<Migration>> {
         let rows = session.admin_query(
-            "SELECT id, name, tag, owner::int8, coalesce((SELECT rolname::text FROM pg_roles r WHERE r.oid = owner), ''), server_id::int8, mapping, options, state, phase, paused, taken_over \
+            "SELECT id, name, tag, owner::int8, coalesce((SELECT rolname::text FROM pg_roles r WHERE r.oid = owner), ''), server_id::int8, mapping, options, state, phase, paused, taken_over, coalesce((SELECT rolsuper FROM pg_roles r WHERE r.oid = owner), false) \
              FROM crossover.migration WHERE id = $1::text::int",
             &[Some(&id.to_string())],
         )?;
@@ -50,6 +51,7 @@ impl Migration {
             phase: parse(field(9))?,
             paused: field(10) == "t",
             taken_over: field(11) == "t",
+            owner_is_superuser: field(12) == "t",
         }))
     }
 

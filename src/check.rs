@@ -98,7 +98,8 @@ fn oids<'a>(session: &mut LocalSession, names: impl Iterator<Item = &'a RelName>
 }
 
 fn owner(name: &RelName, relation: &Relation, migration: &Migration, problems: &mut Vec<Problem>) {
-    if relation.owner != migration.owner {
+    // A superuser may migrate what belongs to others; it stays theirs.
+    if relation.owner != migration.owner && !migration.owner_is_superuser {
         problems.push(
             Problem::new(name, format!("is not owned by {}", migration.owner_name))
                 .hint("All tables of a migration belong to the role that starts it (SET ROLE)."),

@@ -112,11 +112,8 @@ impl Context {
         let session = &mut self.first.session;
         session.begin(Isolation::ReadCommitted, &[])?;
         let options = catalog::connection_options(session, server, owner);
-        let superuser =
-            session.admin_query("SELECT rolsuper FROM pg_roles WHERE oid = $1::text::oid", &[Some(&owner.to_string())]);
         session.rollback();
-        let superuser = superuser?.first().and_then(|r| r[0].as_deref()) == Some("t");
-        Ok(Target::new(options?, !superuser))
+        Ok(Target::new(options?, !self.migration.owner_is_superuser))
     }
 
     /// Connects to the second server if there is no connection, or a broken one.

@@ -484,7 +484,7 @@ fn apply<S: Session>(
         written.rows += write_rows(store, i, &upserts, &mut parked[i], yields, &at)?;
         skip[i].extend(held);
     }
-    if !broken("no-look-again") {
+    if !fault::is_taken_out("no-look-again") {
         for (i, table) in rows.iter().enumerate() {
             let (upserts, deletes) = without(table, &skip[i]);
             let keys: Vec<&Key> = upserts.keys().copied().chain(deletes).collect();
@@ -655,16 +655,4 @@ fn conflict_rows(
             second_image: b.remove(key),
         })
         .collect())
-}
-
-/// Tests take a safeguard out to show that it is needed: `$PGDATA/crossover_break` names it.
-#[cfg(feature = "fault-points")]
-fn broken(safeguard: &str) -> bool {
-    std::fs::read_to_string("crossover_break").is_ok_and(|text| text.contains(safeguard))
-}
-
-#[cfg(not(feature = "fault-points"))]
-#[inline(always)]
-fn broken(_safeguard: &str) -> bool {
-    false
 }

@@ -51,6 +51,19 @@ pub fn point(name: &'static str) -> Result<()> {
     armed::take(name).map_or(Ok(()), |action| armed::perform(name, &action))
 }
 
+/// Tests take a safeguard of the protocol out, to show that it is needed: the file `crossover_break` in the data directory names it.
+#[cfg(feature = "fault-points")]
+pub fn is_taken_out(safeguard: &str) -> bool {
+    std::fs::read_to_string("crossover_break").is_ok_and(|text| text.contains(safeguard))
+}
+
+/// Never, without the feature `fault-points`.
+#[cfg(not(feature = "fault-points"))]
+#[inline(always)]
+pub fn is_taken_out(_safeguard: &str) -> bool {
+    false
+}
+
 #[cfg(feature = "fault-points")]
 mod armed {
     use std::ffi::{CStr, OsStr};

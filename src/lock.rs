@@ -99,7 +99,8 @@ pub fn in_the_way<S: Session>(session: &mut S, oids: &[u32], server: &str, calle
         .collect();
     let prepared = session.admin_query(
         "SELECT p.gid, p.owner::text, round(extract(epoch FROM clock_timestamp() - p.prepared))::text FROM pg_prepared_xacts p \
-         JOIN pg_locks l ON l.pid IS NULL AND l.virtualtransaction = '-1/' || p.transaction WHERE l.relation = ANY ($1::text::oid[])",
+         JOIN pg_locks x ON x.pid IS NULL AND x.locktype = 'transactionid' AND x.transactionid = p.transaction \
+         WHERE EXISTS (SELECT FROM pg_locks l WHERE l.pid IS NULL AND l.virtualtransaction = x.virtualtransaction AND l.relation = ANY ($1::text::oid[]))",
         &[Some(&oids)],
     )?;
     holders.extend(prepared.into_iter().map(|r| {

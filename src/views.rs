@@ -26,16 +26,19 @@ pub fn take_over(ctx: &mut Context) -> Result<()> {
             "UPDATE crossover.migrated_table SET grants = $3::text WHERE migration_id = $1::text::int AND index = $2::text::int",
             &[Some(&migration.id.to_string()), Some(&pair.index.to_string()), Some(&saved)],
         )?;
+        let owner = owner_of(session, *oid)?;
         let mut sql = format!("ALTER TABLE {} RENAME TO {};\n", managed.view, managed.first.name);
         if let Some(grants) = &grants {
-            sql += &view::set_grants(&managed.first, &migration.owner_name, None, grants);
+            sql += &view::set_grants(&managed.first, &owner, None, grants);
         }
         sql += &format!("CREATE VIEW {} AS {};\n", managed.view, view::over_first(pair, &managed));
         sql += &view::defaults(pair, &managed.view);
+        sql += &format!("ALTER VIEW {} OWNER TO {owner};\n", managed.view);
         session.batch(&sql)?;
+        lend_foreign_table(session, migration, pair, &owner)?;
         let comments = comments(session, *oid, &managed.view)?;
         session.batch(&comments)?;
-        grant_like(session, migration, &managed.view, grants.as_deref())?;
+        grant_like(session, &managed.view, grants.as_deref())?;
     }
     session.batch("SET LOCAL search_path = pg_catalog, pg_temp")?;
     migration.taken_over = true;
@@ -61,9 +64,11 @@ pub fn give_back(ctx: &mut Context) -> Result<()> {
         if let Some(grants) = grants {
             let oid = oid_of(session, &managed.view)?;
             let held = grants_of(session, oid)?.unwrap_or_default();
-            session.batch(&view::set_grants(&managed.view, &migration.owner_name, Some(grants), &held))?;
+            let owner = owner_of(session, oid)?;
+            session.batch(&view::set_grants(&managed.view, &owner, Some(grants), &held))?;
         }
     }
+    take_foreign_tables_back(session, migration, pairs)?;
     migration.taken_over = false;
     let names = pairs.iter().map(|p| p.first.rel.clone()).collect();
     ctx.rename_first(names);
@@ -97,7 +102,8 @@ pub fn point_at_second(ctx: &mut Context) -> Result<()> {
         if view::needs_triggers(pair) {
             session.batch(&view::create_write_twin(pair, &managed))?;
             session.batch(&view::create_triggers(pair, &managed))?;
-            grant_like(session, migration, &managed.write, grants.as_deref())?;
+            own_like(session, &managed.write, &managed.view)?;
+            grant_like(session, &managed.write, grants.as_deref())?;
         }
     }
     session.batch("SET LOCAL search_path = pg_catalog, pg_temp")
@@ -116,11 +122,12 @@ pub fn expose_second_shape(ctx: &mut Context) -> Result<()> {
                 view::second_shape(pair),
                 view::second_defaults(pair, name)
             ))?;
+            own_like(session, name, &pair.first.rel)?;
         }
         // Privileges on single columns of the first shape say nothing about the second one's.
         let tables: Option<Vec<Grant>> =
             grants.as_ref().map(|g| g.iter().filter(|g| g.column.is_none()).cloned().collect());
-        grant_like(session, migration, name, tables.as_deref())?;
+        grant_like(session, name, tables.as_deref())?;
     }
     Ok(())
 }
@@ -131,7 +138,7 @@ pub fn hide_second_shape(ctx: &mut Context) -> Result<()> {
     let session = &mut first.session;
     for name in pairs.iter().filter_map(|p| p.second_view.as_ref()) {
         if crate::catalog::describe(session, name)?.is_some() {
-            grant_like(session, migration, name, None)?;
+            grant_like(session, name, None)?;
         }
     }
     Ok(())
@@ -210,16 +217,57 @@ fn grants_of(session: &mut LocalSession, oid: u32) -> Result<Option<Vec<Grant>>>
     ))
 }
 
-fn grant_like(
-    session: &mut LocalSession,
-    migration: &Migration,
-    rel: &RelName,
-    grants: Option<&[Grant]>,
-) -> Result<()> {
+fn own_like(session: &mut LocalSession, view: &RelName, like: &RelName) -> Result<()> {
+    let oid = oid_of(session, like)?;
+    let owner = owner_of(session, oid)?;
+    session.batch(&format!("ALTER VIEW {view} OWNER TO {owner}"))
+}
+
+fn owner_of(session: &mut LocalSession, oid: u32) -> Result<Ident> {
+    let sql = "SELECT pg_get_userbyid(relowner)::text FROM pg_class WHERE oid = $1::text::oid";
+    let rows = session.query(sql, &[Some(&oid.to_string())])?;
+    Ok(Ident::new(rows.first().and_then(|r| r[0].clone()).unwrap_or_default()))
+}
+
+/// The managed view belongs to the table's owner, who has to reach the foreign table through it.
+fn lend_foreign_table(session: &mut LocalSession, migration: &Migration, pair: &Pair, owner: &Ident) -> Result<()> {
+    let may = session.query(
+        "SELECT bool_and(has_table_privilege($1::text::name, $2::text::oid, p)) FROM unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE']) AS p",
+        &[Some(owner.as_str()), Some(&pair.second.oid.to_string())],
+    )?;
+    if may[0][0].as_deref() == Some("t") {
+        return Ok(());
+    }
+    session.batch(&format!("GRANT SELECT, INSERT, UPDATE, DELETE ON {} TO {owner}", pair.second.rel))?;
+    session
+        .admin_execute(
+            "UPDATE crossover.migrated_table SET lent_to = $3::text WHERE migration_id = $1::text::int AND index = $2::text::int",
+            &[Some(&migration.id.to_string()), Some(&pair.index.to_string()), Some(owner.as_str())],
+        )
+        .map(drop)
+}
+
+/// Takes back what [`lend_foreign_table`] granted.
+fn take_foreign_tables_back(session: &mut LocalSession, migration: &Migration, pairs: &[Pair]) -> Result<()> {
+    let lent = session.admin_query(
+        "SELECT index, lent_to FROM crossover.migrated_table WHERE migration_id = $1::text::int AND lent_to IS NOT NULL",
+        &[Some(&migration.id.to_string())],
+    )?;
+    for row in lent {
+        let (Some(index), Some(role)) = (&row[0], &row[1]) else { continue };
+        let (table, role) = (&pairs[parse::<usize>(index)?].second.rel, Ident::new(role.clone()));
+        session.batch(&format!("REVOKE SELECT, INSERT, UPDATE, DELETE ON {table} FROM {role}"))?;
+    }
+    Ok(())
+}
+
+/// Makes the privileges on a view exactly these.
+fn grant_like(session: &mut LocalSession, rel: &RelName, grants: Option<&[Grant]>) -> Result<()> {
     let oid = oid_of(session, rel)?;
     // Default privileges may have given a new view to roles that could not reach the table.
     let held = grants_of(session, oid)?.unwrap_or_default();
-    session.batch(&view::set_grants(rel, &Ident::new(migration.owner_name.as_str()), grants, &held))
+    let owner = owner_of(session, oid)?;
+    session.batch(&view::set_grants(rel, &owner, grants, &held))
 }
 
 /// The table's comments, for the view.

@@ -9,11 +9,11 @@ SELECT first_name, last_name, balance_cents, preferences ->> 'lang' FROM public.
 SELECT order_id, sku, quantity, unit_price_cents FROM public.order_line WHERE order_id = :order ORDER BY line_no;
 \elif :what <= 65
 BEGIN;
+UPDATE public.customer SET balance_cents = balance_cents - 2 * :cents - 499 WHERE customer_id = :customer;
 INSERT INTO public.orders (customer_id, ship_to, note) VALUES (:customer, 'Straße 1, Köln', 'naïve ☕') RETURNING order_id \gset
 INSERT INTO public.order_line (order_id, line_no, sku, quantity, unit_price_cents, discount, attributes) VALUES
     (:order_id, 1, 'SKU-1', 2, :cents, 0.0525, '{"gift": true}'),
     (:order_id, 2, 'SKU-2', 1, 499, NULL, NULL);
-UPDATE public.customer SET balance_cents = balance_cents - 2 * :cents - 499 WHERE customer_id = :customer;
 COMMIT;
 \elif :what <= 80
 UPDATE public.orders SET status = 'paid', note = NULL WHERE order_id = :order AND status <> 'paid';

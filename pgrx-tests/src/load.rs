@@ -111,7 +111,14 @@ fn client(number: usize, config: &Config, work: &Work, stop: &AtomicBool, tally:
         let began = Instant::now();
         let result = match &mut connection {
             Some(client) if !client.is_closed() => work(number, round, client),
-            lost => config.connect(NoTls).map(|client| *lost = Some(client)),
+            lost => match config.connect(NoTls) {
+                // Connecting is no work done.
+                Ok(client) => {
+                    *lost = Some(client);
+                    continue;
+                }
+                Err(e) => Err(e),
+            },
         };
         let took = began.elapsed();
         {

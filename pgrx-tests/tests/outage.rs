@@ -58,7 +58,7 @@ fn start<'a>(pair: &'a Pair, old: u32, options: &Value) -> Migration<'a> {
 fn while_copying() {
     let pair = Pair::new();
     let witness = Witness::of(&pair.first);
-    let migration = start(&pair, 100_000, &json!({"chunk_rows": 5, "copy_workers": 1}));
+    let migration = start(&pair, 100_000, &json!({"chunk_rows": 50, "copy_workers": 1}));
     let (load, journal) = (clients(&pair), Journal::start(&pair, 1, "new"));
     unhurt(&load.take(), "before the outage");
     pair.second.stop(Stop::Immediate);

@@ -254,8 +254,9 @@ fn a_statement_blocked_on_a_row_of_the_last_cycle_goes_on_from_the_new_row() {
         let before = market::cents_in_first(&pair, "customer__first", 5);
         let mut client = pair.first.connect();
         let pid = backend(&mut client);
-        let load =
-            Load::start(&pair.first.config("app"), 1, move |_, _, connection| connection.execute(busy, &[]).map(drop));
+        let load = Load::start(&pair.first.config("app"), 1, move |_, _, connection| {
+            connection.execute(busy, &[]).map(|n| assert_eq!(n, 1, "rows"))
+        });
         load.until_done(5);
         let to = path[0];
         held_at(&pair, &migration, "switch:drained", to, |go_on| {

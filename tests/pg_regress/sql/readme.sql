@@ -3,6 +3,7 @@ SET client_min_messages = warning;
 CREATE EXTENSION IF NOT EXISTS postgres_fdw;
 CREATE EXTENSION IF NOT EXISTS pg_crossover;
 RESET client_min_messages;
+\set SHOW_CONTEXT never
 \getenv host PGHOST
 \getenv port PGPORT
 CREATE DATABASE regress_readme_second;
@@ -40,6 +41,8 @@ SELECT migration_start('crm', $$
                 "balance_cents": "round(balance * 100)::bigint"}}]}
 $$);
 SELECT migration_start('crm', '{"tables": [{"first": "public.customer", "second": "v2.client"}]}');
+\echo :SQLSTATE
+SELECT migration_start('crm2', '{"tables": [{"first": "public.customer", "second": "v2.client"}]}');
 \echo :SQLSTATE
 SELECT migration_wait('crm');
 SELECT name, table_name, rows_copied, percent, eta FROM migration_progress;

@@ -16,7 +16,7 @@ use pgrx_tests::wait::for_a;
 use postgres::Client;
 
 use clients::Clients;
-use report::{Lag, bar, grouped};
+use report::{Lag, grouped};
 
 const CUSTOMERS: u64 = 150_000;
 const ORDERS: u64 = 400_000;
@@ -169,16 +169,8 @@ impl Demo {
             let complete = state != "copying";
             if complete || Instant::now() >= next {
                 next = Instant::now() + Duration::from_secs(1);
-                let rate = copied as f64 / start.elapsed().as_secs_f64().max(0.001);
-                let left = if complete { 0.0 } else { (estimated - copied) as f64 / rate.max(1.0) };
-                println!(
-                    "  {} {:>9} of {} rows, {:>7} rows/s, {left:>3.0} s left   {phase}{}",
-                    bar(copied, estimated),
-                    grouped(copied),
-                    grouped(estimated),
-                    grouped(rate as i64),
-                    row.get::<_, Option<String>>(4).map_or_else(String::new, |e| format!(" (last error: {e})")),
-                );
+                let error: Option<String> = row.get(4);
+                report::copy(copied, estimated, start.elapsed(), &phase, error.as_deref());
             }
             if complete {
                 break;

@@ -1,5 +1,7 @@
 //! The lines that the demo prints. Pure.
 
+use std::time::Duration;
+
 use super::clients::Figures;
 
 /// What the replication was behind, sampled over one state.
@@ -45,7 +47,21 @@ pub fn line(state: &str, clients: [Option<(Figures, u64)>; 2], lag: &Lag, pause_
     println!("  {state:<9} {old:>24} {new:>24}  {errors:>6}  {pause:>9}  {}", lag.text());
 }
 
-pub fn bar(part: i64, whole: i64) -> String {
+/// One line of the copy's progress.
+pub fn copy(copied: i64, estimated: i64, since: Duration, phase: &str, error: Option<&str>) {
+    let rate = copied as f64 / since.as_secs_f64().max(0.001);
+    let left = if rate < 1.0 { "?".to_owned() } else { format!("{:.0}", (estimated - copied) as f64 / rate) };
+    println!(
+        "  {} {:>9} of {} rows, {:>7} rows/s, {left:>3} s left   {phase}{}",
+        bar(copied, estimated),
+        grouped(copied),
+        grouped(estimated),
+        grouped(rate as i64),
+        error.map_or_else(String::new, |e| format!(" (last error: {e})")),
+    );
+}
+
+fn bar(part: i64, whole: i64) -> String {
     const WIDTH: i64 = 30;
     let whole = whole.max(1);
     let full = (part * WIDTH / whole).clamp(0, WIDTH) as usize;
