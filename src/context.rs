@@ -22,6 +22,8 @@ pub struct Context {
     pub second: Option<Store<RemoteSession>>,
     /// Second tables as their own server describes them; read at the first connection.
     remote: Vec<Table>,
+    /// Second tables that a lock attempt waited for in vain, the last one first.
+    pub stubborn_second: Vec<usize>,
 }
 
 pub type FirstStore = Store<LocalSession>;
@@ -47,6 +49,7 @@ impl Context {
             first,
             second: None,
             remote: Vec::new(),
+            stubborn_second: Vec::new(),
         }))
     }
 

@@ -189,36 +189,44 @@ fn has_triggers<S: Session>(session: &mut S, rel: &str) -> Result<bool> {
     Ok(rows[0][0].as_deref() == Some("t"))
 }
 
-/// Removes what the migration has on the second server, in a transaction of its own. The rows stay.
+/// Removes what the migration has on the second server; the rows stay. A transaction for each table, so that clients that
+/// lock the tables in another order are never in the way of more than one; then one for the rest. Repeatable.
 pub fn remove_second(ctx: &mut Context, keep_schema: bool) -> Result<()> {
     ctx.connect()?;
     let tables = ctx.pairs.len();
     let (_, second) = ctx.stores()?;
-    second.session.begin(Isolation::ReadCommitted, &[])?;
-    let result = (|| {
-        // Clients of the second store are not kept waiting longer than by a switch.
-        second.session.set_lock_timeout(settings::lock_attempt())?;
-        for i in 0..second.tables.len() {
-            if has_triggers(&mut second.session, &second.tables[i].rel.to_string())? {
-                let sql = second.tables[i].drop_capture();
-                second.session.batch(&sql)?;
-            }
+    for i in 0..second.tables.len() {
+        if has_triggers(&mut second.session, &second.tables[i].rel.to_string())? {
+            let sql = second.tables[i].drop_capture();
+            in_transaction(&mut second.session, |session| session.batch(&sql))?;
         }
-        let sql = second.objects.uninstall(tables);
-        second.session.batch(&sql)?;
-        let schema = second.objects.schema().clone();
-        let empty = second.session.query(
-            "SELECT n.oid IS NOT NULL AND NOT EXISTS (SELECT FROM pg_class c WHERE c.relnamespace = n.oid) AND NOT EXISTS (SELECT FROM pg_proc p WHERE p.pronamespace = n.oid) \
+    }
+    let sql = second.objects.uninstall(tables);
+    let schema = second.objects.schema().clone();
+    in_transaction(&mut second.session, |session| {
+        session.batch(&sql)?;
+        let empty = session.query(
+            "SELECT NOT EXISTS (SELECT FROM pg_class c WHERE c.relnamespace = n.oid) AND NOT EXISTS (SELECT FROM pg_proc p WHERE p.pronamespace = n.oid) \
              FROM pg_namespace n WHERE n.nspname = $1::text",
             &[Some(schema.as_str())],
         )?;
         if !keep_schema && empty.first().and_then(|r| r[0].as_deref()) == Some("t") {
-            second.session.batch(&format!("DROP SCHEMA {schema}"))?;
+            session.batch(&format!("DROP SCHEMA {schema}"))?;
         }
-        second.session.commit()
-    })();
+        Ok(())
+    })
+}
+
+/// Runs `work` in a transaction that waits for a lock no longer than an attempt of a switch does.
+fn in_transaction<S: Session>(session: &mut S, work: impl FnOnce(&mut S) -> Result<()>) -> Result<()> {
+    session.begin(Isolation::ReadCommitted, &[])?;
+    let result = session
+        .set_lock_timeout(settings::lock_attempt())
+        .and_then(|()| session.become_replica())
+        .and_then(|()| work(session))
+        .and_then(|()| session.commit());
     if result.is_err() {
-        second.session.rollback();
+        session.rollback();
     }
     result
 }

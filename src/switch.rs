@@ -338,19 +338,27 @@ fn towards_first(ctx: &mut Context, order: &Order, to: State) -> Result<()> {
     Ok(())
 }
 
-/// Opens T2 and locks the writers of the second store out.
+/// Opens T2 and locks the writers of the second store out; a table that could not be had comes first the next time.
 fn lock_second(ctx: &mut Context, patience: &Patience) -> Result<()> {
-    let (_, second) = ctx.stores()?;
-    second.session.begin(Isolation::ReadCommitted, &[])?;
     let deadline = patience.attempt();
-    for i in 0..second.tables.len() {
+    let Context { second, stubborn_second, .. } = ctx;
+    let second = second.as_mut().ok_or_else(|| Error::internal("not connected"))?;
+    second.session.begin(Isolation::ReadCommitted, &[])?;
+    second.session.become_replica()?;
+    let mut order: Vec<usize> = (0..second.tables.len()).collect();
+    order.sort_by_key(|i| stubborn_second.iter().position(|s| s == i).unwrap_or(usize::MAX));
+    for i in order {
         let left = deadline.saturating_duration_since(Instant::now());
         if left.is_zero() {
             return Err(Error::LockNotAvailable);
         }
         second.session.set_lock_timeout(left)?;
         let sql = format!("LOCK TABLE {} IN EXCLUSIVE MODE", second.tables[i].rel);
-        second.session.batch(&sql)?;
+        if let Err(e) = second.session.batch(&sql) {
+            stubborn_second.retain(|s| *s != i);
+            stubborn_second.insert(0, i);
+            return Err(e);
+        }
     }
     second.session.set_lock_timeout(settings::lock_attempt())
 }

@@ -1,8 +1,10 @@
 //! `cancel` leaves the schemas of both databases as they were, to the byte; `finish` leaves nothing that runs or is installed.
 
+use pgrx_tests::cluster::explain;
 use pgrx_tests::schema::{assert_same_dump, traces, workers};
 use pgrx_tests::wait::{SOON, until};
 use pgrx_tests::{Load, Migration, Pair, Witness, market};
+use postgres::error::SqlState;
 use serde_json::{Value, json};
 
 /// Tables with all that a takeover could lose.
@@ -60,7 +62,7 @@ CREATE TABLE kind (no integer PRIMARY KEY, parent integer, by_default bigint, no
 CREATE INDEX ON kind (parent);
 "#;
 
-/// Views over the tables, which a takeover has to move aside.
+/// Views over the tables, which a takeover would have to move aside.
 const VIEWS: &str = r#"
 CREATE VIEW "we""ird"."vi ew" WITH (security_barrier) AS
     SELECT t."Id", t."a b", count(c.no) AS children FROM "we""ird"."täble" t LEFT JOIN "we""ird".child c ON c.parent = t."Id"
@@ -158,10 +160,25 @@ fn cancel_after_second() {
 }
 
 #[test]
-fn cancel_with_dependent_views() {
+fn a_start_with_dependent_views_is_refused() {
     let pair = odd_pair();
     pair.first.sql(VIEWS);
-    there_and_back(&pair, &json!({}), &["both", "first"]);
+    let witness = (Witness::of(&pair.first), Witness::of(&pair.second));
+    let before = dumps(&pair);
+    for options in [json!({}), json!({"takeover": "start"})] {
+        let migration = Migration::named(&pair, "odd");
+        let error = migration.try_start(&odd_mapping(), &options).expect_err("views depend on both tables");
+        let text = explain(&error);
+        assert_eq!(error.code(), Some(&SqlState::INVALID_PARAMETER_VALUE), "{text}");
+        for part in [r#""we""ird"."täble""#, r#""we""ird"."child""#, r#"view "we""ird"."vi ew" depends on it"#] {
+            assert!(text.contains(part), "{part} is not named: {text}");
+        }
+        assert_same_dumps(&pair, &before);
+        assert!(migration.try_status().is_none(), "a migration that was not started has a status");
+        write_a_little(&pair);
+    }
+    witness.0.testify();
+    witness.1.testify();
 }
 
 #[test]
@@ -199,6 +216,10 @@ fn grants_and_comments_move_with_the_name() {
         (roles, pair.first.list(columns), pair.first.text(owner))
     };
     let before = look();
+    // The managed view belongs to the table's owner, who is no superuser, and reaches the second store as that role.
+    pair.first.sql(
+        r#"CREATE USER MAPPING FOR "odd owner" SERVER second_server OPTIONS (user 'postgres', password_required 'false')"#,
+    );
     let migration = Migration::start(&pair, "odd", &odd_mapping());
     migration.until_state("first");
     for state in ["both", "second"] {

@@ -25,6 +25,8 @@ pub struct LocalSession {
     admin: pg_sys::Oid,
     in_transaction: bool,
     savepoints: Vec<Savepoint>,
+    /// Relations that a lock attempt waited for in vain, the last one first.
+    stubborn: Vec<u32>,
 }
 
 /// Restores the user id; also on an error, where the transaction's end would do it.
@@ -179,7 +181,12 @@ impl LocalSession {
     /// # Errors
     /// When the extension is not installed in this database.
     pub fn new() -> Result<LocalSession> {
-        let mut session = LocalSession { admin: pg_sys::InvalidOid, in_transaction: false, savepoints: Vec::new() };
+        let mut session = LocalSession {
+            admin: pg_sys::InvalidOid,
+            in_transaction: false,
+            savepoints: Vec::new(),
+            stubborn: Vec::new(),
+        };
         session.begin(Isolation::ReadCommitted, &[])?;
         let owner =
             session.query("SELECT nspowner::int8 FROM pg_catalog.pg_namespace WHERE nspname = 'crossover'", &[]);
@@ -277,17 +284,28 @@ impl LocalSession {
         })?
     }
 
-    /// Locks relations of this server in `mode`, in the order given, each wait bounded by what is left of `deadline`.
-    /// Held until the transaction ends. LOCK TABLE will not do: it also locks what a view reads.
+    /// Locks relations of this server in `mode`, each wait bounded by what is left of `deadline`; held until the transaction
+    /// ends. LOCK TABLE will not do: it also locks what a view reads.
+    ///
+    /// The order is the given one, but a relation that could not be had comes first the next time: clients that lock the same
+    /// tables in another order would otherwise meet every attempt half-way, for ever. A short deadlock_timeout makes this
+    /// process the one that finds a deadlock, and has a blocking autovacuum cancelled.
     pub fn lock_relations(&mut self, oids: &[u32], mode: i32, deadline: Instant) -> Result<()> {
-        for oid in oids {
+        self.admin_batch("SET LOCAL deadlock_timeout = '30ms'")?;
+        let mut order = oids.to_vec();
+        order.sort_by_key(|oid| self.stubborn.iter().position(|s| s == oid).unwrap_or(usize::MAX));
+        for oid in order {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return Err(Error::LockNotAvailable);
             }
             self.set_lock_timeout(left)?;
             // SAFETY: in a transaction; the lock manager releases the lock at its end.
-            catch(|| unsafe { pg_sys::LockRelationOid(pg_sys::Oid::from(*oid), mode) })?;
+            if let Err(e) = catch(|| unsafe { pg_sys::LockRelationOid(pg_sys::Oid::from(oid), mode) }) {
+                self.stubborn.retain(|s| *s != oid);
+                self.stubborn.insert(0, oid);
+                return Err(e);
+            }
         }
         self.set_lock_timeout(Duration::ZERO)
     }

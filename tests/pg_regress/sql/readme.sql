@@ -42,8 +42,6 @@ SELECT migration_start('crm', $$
 $$);
 SELECT migration_start('crm', '{"tables": [{"first": "public.customer", "second": "v2.client"}]}');
 \echo :SQLSTATE
-SELECT migration_start('crm2', '{"tables": [{"first": "public.customer", "second": "v2.client"}]}');
-\echo :SQLSTATE
 SELECT migration_wait('crm');
 SELECT name, table_name, rows_copied, percent, eta FROM migration_progress;
 SELECT relkind FROM pg_class WHERE oid = 'public.customer'::regclass;

@@ -99,8 +99,8 @@ impl Clients {
         reports.errors.len() as u64 + reports.seconds.iter().map(|s| s.failed).sum::<u64>()
     }
 
-    /// Lets the clients finish their transactions and returns what went wrong in all, as pgbench sums it up.
-    pub fn stop(mut self) -> Vec<String> {
+    /// Lets the clients finish their transactions, and returns how many there were and what went wrong, as pgbench sums it up.
+    pub fn stop(mut self) -> (u64, Vec<String>) {
         // pgbench ends a run by time with SIGALRM: in order, with a summary.
         signal(self.child.id().try_into().expect("a pid"), libc::SIGALRM);
         let mut summary = String::new();
@@ -109,14 +109,19 @@ impl Clients {
         let status = self.child.wait().expect("pgbench's end");
         self.reader.take().expect("its reader").join().expect("the reader not to panic");
         let mut errors = std::mem::take(&mut self.reports.lock().expect("no panic while it is held").errors);
-        let failed = summary.lines().find(|line| line.starts_with("number of failed transactions: "));
-        if failed.is_none_or(|line| !line.starts_with("number of failed transactions: 0 ")) {
-            errors.push(failed.unwrap_or("pgbench gave no summary").to_owned());
+        let figure = |label: &str| {
+            let line = summary.lines().find_map(|line| line.strip_prefix(label))?;
+            line.split_whitespace().next()?.parse::<u64>().ok()
+        };
+        match figure("number of failed transactions: ") {
+            Some(0) => {}
+            Some(failed) => errors.push(format!("{failed} transactions failed")),
+            None => errors.push("pgbench gave no summary".to_owned()),
         }
         if !status.success() {
             errors.push(format!("pgbench: {status}"));
         }
-        errors
+        (figure("number of transactions actually processed: ").unwrap_or(0), errors)
     }
 }
 

@@ -42,14 +42,19 @@ struct Demo {
     /// Applications of the old shape run from beginning to end, those of the new one while it is exposed.
     old: Option<Clients>,
     new: Option<Clients>,
+    transactions: u64,
     errors: Vec<String>,
 }
 
 fn main() -> ExitCode {
     let start = Instant::now();
     match Demo::set_up().run() {
-        Ok(()) => {
-            println!("\nNo client saw an error, and the stores are equal. {} s.", start.elapsed().as_secs());
+        Ok(transactions) => {
+            let seconds = start.elapsed().as_secs();
+            println!(
+                "\n{} transactions, no client saw an error, and the stores are equal. {seconds} s.",
+                grouped(transactions.cast_signed())
+            );
             ExitCode::SUCCESS
         }
         Err(failure) => {
@@ -99,10 +104,10 @@ impl Demo {
             "  clients: pgbench, {} connections on the old shape all the time, {} on the new one while it is exposed\n",
             FIRST_CLIENTS.0, SECOND_CLIENTS.0
         );
-        Self { first, second, operator, old: None, new: None, errors: Vec::new() }
+        Self { first, second, operator, old: None, new: None, transactions: 0, errors: Vec::new() }
     }
 
-    fn run(mut self) -> Result<(), Failure> {
+    fn run(mut self) -> Result<u64, Failure> {
         self.start_old_clients();
         self.copy()?;
         for state in ["both", "second", "both", "first", "both", "second"] {
@@ -143,7 +148,7 @@ impl Demo {
                 self.errors.push(format!("the log of the {} server:\n{findings}", cluster.name()));
             }
         }
-        if self.errors.is_empty() { Ok(()) } else { Err(self.errors.join("\n")) }
+        if self.errors.is_empty() { Ok(self.transactions) } else { Err(self.errors.join("\n")) }
     }
 
     /// Starts the migration and shows the copy until the state is `first`.
@@ -193,7 +198,7 @@ impl Demo {
             && let Some(new) = self.new.take()
         {
             // The second store goes out of use: its applications are stopped, as an operator would.
-            self.errors.extend(new.stop());
+            self.stop(new);
         }
         self.call(&format!("SELECT migration_set_state('shop', '{state}')"))?;
         self.new_state();
@@ -272,8 +277,14 @@ impl Demo {
 
     fn stop_clients(&mut self) {
         for clients in [self.old.take(), self.new.take()].into_iter().flatten() {
-            self.errors.extend(clients.stop());
+            self.stop(clients);
         }
+    }
+
+    fn stop(&mut self, clients: Clients) {
+        let (transactions, errors) = clients.stop();
+        self.transactions += transactions;
+        self.errors.extend(errors);
     }
 
     /// Compares the relations on the first server with the tables of the second store, each read on its own server.
