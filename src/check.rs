@@ -295,8 +295,9 @@ pub fn second_server<S: Session>(
             );
         }
         let capture = session.query(
-            "SELECT count(*) FROM pg_trigger WHERE tgrelid = $1::text::oid AND tgname LIKE 'crossover\\_%'",
-            &[Some(&found.table.oid.to_string())],
+            "SELECT count(*) FROM pg_trigger t JOIN pg_proc p ON p.oid = t.tgfoid WHERE tgrelid = $1::text::oid \
+             AND tgname LIKE 'crossover\\_%' AND p.proname NOT LIKE '%' || $2::text || '%'",
+            &[Some(&found.table.oid.to_string()), Some(&migration.tag)],
         )?;
         if capture[0][0].as_deref() != Some("0") {
             problems.push(Problem::new(&object, "belongs to another migration"));

@@ -36,32 +36,35 @@ pub fn run(ctx: &mut Context, patience: Patience, who: &str, caller_pid: i32) ->
 }
 
 fn check_all(ctx: &mut Context) -> Result<()> {
+    let problems = describe(ctx)?;
+    if problems.is_empty() { Ok(()) } else { Err(Error::Mapping { name: ctx.migration.name.clone(), problems }) }
+}
+
+/// Describes the tables of both servers, compiles the rules, and says what is wrong. Only where nothing is are the tables set.
+pub fn describe(ctx: &mut Context) -> Result<Vec<Problem>> {
     let named = ctx.named_tables()?;
-    let name = ctx.migration.name.clone();
     let session = &mut ctx.first.session;
     session.begin(Isolation::ReadCommitted, &[])?;
     let checked = check::first_server(session, &ctx.migration, &named);
     session.rollback();
     let (checked, mut problems) = checked?;
     ctx.migration.server_id = checked.server_id;
-    let mut remote = Vec::new();
-    if checked.server_id != 0 {
-        match ctx.connect() {
-            Ok(()) => {
-                let second = ctx.second.as_mut().ok_or_else(|| Error::internal("not connected"))?;
-                let (tables, found) = check::second_server(&mut second.session, &ctx.migration, &checked.pairs)?;
-                remote = tables;
-                problems.extend(found);
+    if checked.server_id == 0 {
+        return Ok(problems);
+    }
+    match ctx.connect() {
+        Ok(()) => {
+            let second = ctx.second.as_mut().ok_or_else(|| Error::internal("not connected"))?;
+            let (tables, found) = check::second_server(&mut second.session, &ctx.migration, &checked.pairs)?;
+            problems.extend(found);
+            if checked.pairs.len() == named.len() && tables.len() == named.len() {
+                ctx.set_tables(checked.pairs, checked.first_tables, tables);
             }
-            Err(e) if problems.is_empty() => return Err(e),
-            Err(e) => problems.push(Problem::new("second server", e.to_string())),
         }
+        Err(e) if problems.is_empty() => return Err(e),
+        Err(e) => problems.push(Problem::new("second server", e.to_string())),
     }
-    if !problems.is_empty() {
-        return Err(Error::Mapping { name, problems });
-    }
-    ctx.set_tables(checked.pairs, checked.first_tables, remote);
-    Ok(())
+    Ok(problems)
 }
 
 fn install_second(ctx: &mut Context) -> Result<()> {

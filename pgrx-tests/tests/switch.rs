@@ -189,7 +189,8 @@ fn a_statement_blocked_by_the_switch_succeeds_on_the_new_store() {
         for to in ring {
             // Between `first` and `both` the first shape stays on the first store, and only the second shape comes and goes: nothing
             // of the first shape is held, once the table has been taken over.
-            let taken_over = pair.first.text("SELECT to_regclass('customer__first') IS NOT NULL").as_deref() == Some("t");
+            let taken_over =
+                pair.first.text("SELECT to_regclass('customer__first') IS NOT NULL").as_deref() == Some("t");
             let stays = to == "first" || (migration.state() == "first" && taken_over);
             let mut clients = [pair.first.connect(), pair.first.connect()];
             for client in &mut clients {

@@ -14,7 +14,6 @@ use crate::copy;
 use crate::cycle::{self, Outcome};
 use crate::error::{Error, Result};
 use crate::lock::{Patience, wait_latch};
-use crate::mapping::model::Mapping;
 use crate::settings;
 use crate::setup;
 use crate::state::{Phase, State};
@@ -45,20 +44,22 @@ pub extern "C-unwind" fn crossover_migration_main(_arg: pg_sys::Datum) {
     }
 }
 
-/// Only one worker serves a migration, however many were started.
+/// Only one worker serves a migration, however many were started (the postmaster restarts one, the launcher's scout starts one).
+///
+/// An advisory lock of the session: an ordinary one would go with the first transaction that aborts. Its last field is one that
+/// pg_advisory_lock() never uses, so nobody else can take it.
 fn claim(id: i32) -> Result<bool> {
-    // SAFETY: a session lock on an object of this database; released when the process ends.
+    const KIND: u16 = 0x7063;
+    // SAFETY: a session lock of this database; released when the process ends.
     catch(|| unsafe {
         pg_sys::StartTransactionCommand();
-        let namespace = pg_sys::get_namespace_oid(c"crossover".as_ptr(), true);
-        let class = pg_sys::get_relname_relid(c"migration".as_ptr(), namespace);
         let tag = pg_sys::LOCKTAG {
             locktag_field1: pg_sys::MyDatabaseId.to_u32(),
-            locktag_field2: class.to_u32(),
+            locktag_field2: 0,
             locktag_field3: id as u32,
-            locktag_field4: 0,
-            locktag_type: pg_sys::LockTagType::LOCKTAG_OBJECT as u8,
-            locktag_lockmethodid: pg_sys::DEFAULT_LOCKMETHOD as u8,
+            locktag_field4: KIND,
+            locktag_type: pg_sys::LockTagType::LOCKTAG_ADVISORY as u8,
+            locktag_lockmethodid: pg_sys::USER_LOCKMETHOD as u8,
         };
         let result = pg_sys::LockAcquire(&tag, pg_sys::ExclusiveLock as i32, true, true);
         pg_sys::CommitTransactionCommand();
@@ -295,6 +296,8 @@ impl Worker {
 
     fn carry_out(&mut self, kind: &str, arguments: &serde_json::Value, order: &Order) -> Result<()> {
         match kind {
+            // A predecessor may have died after it was done.
+            "start" if self.ctx.migration.phase != Phase::SettingUp => Ok(()),
             "start" => setup::run(&mut self.ctx, order.patience, &order.who, order.caller_pid),
             "set_state" => {
                 let to: State = arguments["state"].as_str().unwrap_or("").parse().map_err(Error::Internal)?;
@@ -418,13 +421,12 @@ impl Worker {
     fn undo_start(&mut self) -> Result<()> {
         self.ctx.rollback_all();
         self.ctx.migration.phase = Phase::SettingUp;
-        let named = Mapping::parse(&self.ctx.migration.mapping).unwrap_or_default();
-        if self.ctx.pairs.is_empty() && !named.is_empty() {
-            // After a restart: the tables are described again, if they still can be.
-            if let Ok(()) = self.ctx.load_tables() {}
+        if self.ctx.pairs.is_empty() {
+            // After a restart: what was to be installed is described again.
+            setup::describe(&mut self.ctx)?;
         }
+        setup::remove_first(&mut self.ctx)?;
         if !self.ctx.pairs.is_empty() {
-            setup::remove_first(&mut self.ctx)?;
             setup::remove_second(&mut self.ctx, false)?;
         }
         let id = self.id();
