@@ -61,8 +61,9 @@ lint: setup ## formatting and clippy, warnings are errors
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets --no-default-features --features $(TEST_FEATURES),pg_test -- -D warnings
 
+# pgrx names what runs in a server pg_*. Same features as below, so that it is one build.
 test-unit: setup ## the pure logic, without a server
-	PGRX_TEST_SKIP=1 cargo test --package pg_crossover --lib --no-default-features --features $(TEST_FEATURES),pg_test
+	cargo test --package pg_crossover --lib --no-default-features --features $(TEST_FEATURES),pg_test $(T) -- --skip ::pg_
 
 test-pgrx: setup ## the SQL surface, inside a server (cargo pgrx test)
 	.ci/pgrx-test $(PG) $(TEST_FEATURES) $(T)

@@ -176,7 +176,7 @@ fn copy_row_by_row(ctx: &mut Context, chunk: &Chunk) -> Result<u64> {
         rows.into_iter().filter_map(|mut r| Some((r[0].take()?, r[1].take()?))).collect();
     second.begin_write()?;
     let mut owed = Vec::new();
-    let written = cycle::write_rows(second, chunk.index, &rows, &mut owed, None, &|_| 0)?;
+    let written = cycle::apply::write_rows(second, chunk.index, &rows, &mut owed, None, &|_| 0)?;
     second.set_owed(chunk.index, &[], &owed)?;
     commit_chunk(ctx, chunk, written)?;
     Ok(written)

@@ -100,6 +100,8 @@ pub enum Error {
     Diverged { name: String, detail: String },
     #[error("pg_crossover is not loaded by shared_preload_libraries")]
     NotPreloaded,
+    #[error("migrations cannot be controlled on a standby")]
+    InRecovery,
     #[error("could not start a background worker")]
     NoWorkerSlot,
     #[error("must be owner of migration \"{name}\"")]
@@ -133,6 +135,7 @@ impl Error {
             Error::Mapping { .. } | Error::BadArgument { .. } => "22023".into(),
             Error::LockTimeout { .. } | Error::LockNotAvailable => "55P03".into(),
             Error::Timeout { .. } | Error::Backlog { .. } => "57014".into(),
+            Error::InRecovery => "25006".into(),
             Error::NoWorkerSlot => "53000".into(),
             Error::NotOwner { .. } => "42501".into(),
             Error::Fault(_) => "58000".into(),
@@ -191,6 +194,7 @@ impl Error {
             Error::NotPreloaded => {
                 "Add pg_crossover to shared_preload_libraries in postgresql.conf and restart the server.".into()
             }
+            Error::InRecovery => "Call this on the primary server.".into(),
             Error::NoWorkerSlot => "Raise max_worker_processes and restart the server.".into(),
             Error::Diverged { .. } => "No store is newly exposed until the stores have been compared and repaired.".into(),
             _ => return None,

@@ -1,6 +1,6 @@
 //! The switch between states, run by the worker: probe, lock writers out, drain, commit in the order that loses nothing.
 //!
-//! DESIGN "The switch". T1 is the first store's transaction, T2 the second's. Locks: managed views, write twins and views of
+//! T1 is the first store's transaction, T2 the second's. Locks: managed views, write twins and views of
 //! the second shape first (ACCESS EXCLUSIVE: their definitions and grants change), then the tables of the store that is
 //! about to lose its writers (EXCLUSIVE), in the mapping's order. On any failure before the first commit nothing has changed.
 
@@ -11,7 +11,8 @@ use pgrx::pg_sys;
 use crate::catalog;
 use crate::context::Context;
 use crate::copy;
-use crate::cycle::{self, Contended, Plan, incoming};
+use crate::cycle::plan::{Contended, Plan};
+use crate::cycle::{self, incoming};
 use crate::error::{Error, InTheWay, Result, Side};
 use crate::fault;
 use crate::lock::{self, Patience};

@@ -93,7 +93,7 @@ pub fn point_at_first(ctx: &mut Context) -> Result<()> {
 /// Points the managed views at the second store, through the backward rules.
 pub fn point_at_second(ctx: &mut Context) -> Result<()> {
     let grants = saved_grants(ctx)?;
-    let Context { migration, pairs, first, .. } = ctx;
+    let Context { pairs, first, .. } = ctx;
     let session = &mut first.session;
     for (pair, grants) in pairs.iter().zip(&grants) {
         let managed = Managed::new(pair);
@@ -112,7 +112,7 @@ pub fn point_at_second(ctx: &mut Context) -> Result<()> {
 /// Exposes the views of the second shape: makes them, or grants them again.
 pub fn expose_second_shape(ctx: &mut Context) -> Result<()> {
     let grants = saved_grants(ctx)?;
-    let Context { migration, pairs, first, .. } = ctx;
+    let Context { pairs, first, .. } = ctx;
     let session = &mut first.session;
     for (pair, grants) in pairs.iter().zip(&grants) {
         let Some(name) = &pair.second_view else { continue };
@@ -134,7 +134,7 @@ pub fn expose_second_shape(ctx: &mut Context) -> Result<()> {
 
 /// Takes the views of the second shape out of reach of the application roles.
 pub fn hide_second_shape(ctx: &mut Context) -> Result<()> {
-    let Context { migration, pairs, first, .. } = ctx;
+    let Context { pairs, first, .. } = ctx;
     let session = &mut first.session;
     for name in pairs.iter().filter_map(|p| p.second_view.as_ref()) {
         if crate::catalog::describe(session, name)?.is_some() {

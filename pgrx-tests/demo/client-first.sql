@@ -1,6 +1,6 @@
 -- One customer's visit, as today's application does it (pgbench). Most visits look; some order, pay, return; few customers are
 -- most of the traffic.
-\set customer random_zipfian(1, :customers, 1.2)
+\set customer random_zipfian(1, :customers, 1.1)
 \set order random(1, :orders)
 \set what random(1, 100)
 \set cents random(100, 9999)

@@ -1,5 +1,5 @@
 -- The same for the new application, on the second shape (pgbench).
-\set client random_zipfian(1, :customers, 1.2)
+\set client random_zipfian(1, :customers, 1.1)
 \set purchase random(1, :orders)
 \set what random(1, 100)
 \set cents random(100, 9999)

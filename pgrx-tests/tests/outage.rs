@@ -95,14 +95,22 @@ fn while_copying() {
     assert!(oldest_transaction(&pair) < AWAY.as_secs_f64(), "a snapshot is held over the outage");
     pair.second.start();
 
-    // There, but deaf.
+    // There, but deaf, while a chunk is on its way.
     until("the copy goes on", AWAY * 4, || entries_copied(&migration, &pair) > copied);
+    let mut other = pair.second.connect();
+    other.batch_execute("BEGIN; LOCK TABLE ledger.entry IN SHARE ROW EXCLUSIVE MODE").expect("a lock");
+    until("a chunk is on its way", SOON, || {
+        let waiting = "SELECT count(*) > 0 FROM pg_stat_activity
+                       WHERE application_name LIKE 'pg_crossover%' AND wait_event_type = 'Lock'";
+        pair.second.text(waiting).as_deref() == Some("t")
+    });
     pair.second.pause();
     for_a(AWAY);
     amid_the_copy(&migration, &pair);
     unhurt(&load.take(), "with the second server hanging");
     assert!(oldest_transaction(&pair) < AWAY.as_secs_f64(), "a snapshot is held over the hang");
     pair.second.resume();
+    other.batch_execute("ROLLBACK").expect("a rollback");
     migration.until_state("first");
     unhurt(&load.take(), "after the outage");
     load.stop();

@@ -14,6 +14,9 @@ use crate::state::State;
 use crate::worker::clerk::{Reply, Request, Segment, Start};
 use crate::worker::{is_preloaded, my_database, start_clerk};
 
+#[cfg(any(test, feature = "pg_test"))]
+mod tests;
+
 /// The states of a migration.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PostgresEnum)]
 #[allow(non_camel_case_types)]
@@ -52,8 +55,7 @@ impl From<migration_state> for State {
     }
 }
 
-extension_sql!("DO $$ BEGIN END $$;", name = "crossover_state", requires = [migration_state]);
-extension_sql_file!("../../sql/catalog.sql", name = "catalog", requires = ["crossover_state"]);
+extension_sql_file!("../../sql/catalog.sql", name = "catalog", requires = [migration_state]);
 extension_sql_file!("../../sql/views.sql", name = "views", requires = ["catalog", migration_state]);
 extension_sql_file!("../../sql/privileges.sql", name = "privileges", requires = ["views"], finalize);
 
@@ -168,6 +170,10 @@ fn request(
 ) -> Result<State> {
     if !is_preloaded() {
         return Err(Error::NotPreloaded);
+    }
+    // SAFETY: reads a flag in shared memory.
+    if unsafe { pg_sys::RecoveryInProgress() } {
+        return Err(Error::InRecovery);
     }
     let timeout = timeout.as_micros() as f64 / 1e6;
     if timeout <= 0.0 {

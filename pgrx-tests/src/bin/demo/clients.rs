@@ -140,13 +140,17 @@ fn parse(line: &str) -> Option<Second> {
     for part in line.strip_prefix("progress: ")?.split(", ") {
         match part.split(' ').collect::<Vec<_>>()[..] {
             [tps, "tps"] => second.tps = tps.parse().ok()?,
-            // Without a transaction in that second, it says NaN.
-            ["lat", ms, "ms", ..] => {
-                second.latency_ms = ms.parse().ok().filter(|ms: &f64| ms.is_finite()).unwrap_or(0.0)
-            }
+            ["lat", ms, "ms", ..] => second.latency_ms += milliseconds(ms),
+            // How late transactions began, as the rate wants them: not part of what one takes.
+            ["lag", ms, "ms"] => second.latency_ms -= milliseconds(ms),
             [failed, "failed"] => second.failed = failed.parse().ok()?,
             _ => {}
         }
     }
     Some(second)
+}
+
+/// pgbench says NaN (or -nan) of a second without a transaction.
+fn milliseconds(text: &str) -> f64 {
+    text.parse().ok().filter(|ms: &f64| ms.is_finite()).unwrap_or(0.0)
 }

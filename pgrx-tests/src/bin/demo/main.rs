@@ -19,15 +19,15 @@ use clients::Clients;
 use report::{Lag, grouped};
 
 const CUSTOMERS: u64 = 150_000;
-const ORDERS: u64 = 400_000;
+const ORDERS: u64 = 350_000;
 
 /// How long each state is stayed in.
-const STAY: Duration = Duration::from_secs(6);
+const STAY: Duration = Duration::from_secs(5);
 const SAMPLE: Duration = Duration::from_millis(250);
 
 /// Clients of each shape, and the transactions a second that they offer: what two cores do beside the copy.
-const FIRST_CLIENTS: (u32, u32) = (4, 300);
-const SECOND_CLIENTS: (u32, u32) = (2, 100);
+const FIRST_CLIENTS: (u32, u32) = (4, 250);
+const SECOND_CLIENTS: (u32, u32) = (2, 80);
 
 /// As a production server would be, but that nothing else needs the memory.
 const SETTINGS: &[&str] = &["fsync = on", "shared_buffers = 256MB"];
