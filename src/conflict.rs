@@ -107,8 +107,7 @@ mod tests {
 
     #[test]
     fn a_whole_table_overlaps_every_row() {
-        let mut first = Changes::default();
-        first.whole = Some(10);
+        let first = Changes { whole: Some(10), ..Changes::default() };
         let d = decide(&first, &Changes::default());
         assert_eq!((d.forward, d.conflicts.len()), (Scope::Whole, 0));
         let d = decide(&first, &changes(&[("{1}", 11)]));

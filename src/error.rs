@@ -110,6 +110,7 @@ pub enum Error {
     #[error("{message}")]
     Request { sqlstate: String, message: String, detail: Option<String>, hint: Option<String> },
     /// Only with the feature `fault-points`.
+    #[cfg_attr(not(feature = "fault-points"), allow(dead_code))]
     #[error("fault injected at {0}")]
     Fault(&'static str),
     #[error("{0}")]

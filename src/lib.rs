@@ -13,6 +13,7 @@ mod copy;
 mod cycle;
 mod error;
 mod fault;
+#[cfg_attr(test, allow(dead_code))]
 mod isolation;
 mod lock;
 mod mapping;

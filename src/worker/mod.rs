@@ -139,12 +139,17 @@ unsafe extern "C-unwind" {
     fn SignalHandlerForConfigReload(signal: c_int);
 }
 
+#[cfg(not(feature = "pg18"))]
+use pg_sys::pqsignal as install;
+#[cfg(feature = "pg18")]
+use pg_sys::pqsignal_be as install;
+
 /// Signals and the database connection of a worker. `die` lets a wait or a long statement be ended at once.
 fn connect(assignment: Assignment) {
     // SAFETY: the first thing that a background worker does; the handlers are PostgreSQL's own.
     unsafe {
-        pg_sys::pqsignal(pg_sys::SIGTERM as i32, Some(die));
-        pg_sys::pqsignal(pg_sys::SIGHUP as i32, Some(SignalHandlerForConfigReload));
+        install(pg_sys::SIGTERM as i32, Some(die));
+        install(pg_sys::SIGHUP as i32, Some(SignalHandlerForConfigReload));
         pg_sys::BackgroundWorkerUnblockSignals();
         pg_sys::BackgroundWorkerInitializeConnectionByOid(assignment.database, assignment.role, 0);
     }
@@ -163,7 +168,11 @@ fn reload_configuration() {
 
 fn exit(code: i32) -> ! {
     // SAFETY: ends this process in PostgreSQL's way.
-    unsafe { pg_sys::proc_exit(code) }
+    unsafe { pg_sys::proc_exit(code) };
+    #[allow(unreachable_code)]
+    {
+        unreachable!("proc_exit does not return")
+    }
 }
 
 /// This database's oid.
