@@ -16,6 +16,8 @@ use crate::store::{Isolation, Session, parse};
 
 /// Bytes collected before they are handed to the connection.
 const BUFFER: usize = 64 * 1024;
+/// How long the second server may take to analyze one table.
+const ANALYZE_PATIENCE: Duration = Duration::from_secs(600);
 /// Rows fetched at a time.
 const FETCH: i64 = 500;
 
@@ -37,6 +39,7 @@ pub fn work(ctx: &mut Context) -> Result<()> {
         }
         ctx.connect()?;
         let Some(chunk) = claim(ctx)? else { return Ok(()) };
+        ctx.stores()?.1.session.set_patience(cycle::STALL);
         fault::point("copy:claimed")?;
         let rows = match copy(ctx, &chunk) {
             Err(e) if e.is_rejected_row() => {
@@ -145,19 +148,18 @@ fn copy(ctx: &mut Context, chunk: &Chunk) -> Result<u64> {
     let lock = vec![first.table(chunk.index).rel.to_string()];
     first.session.begin(Isolation::RepeatableRead, &lock)?;
     second.begin_write()?;
-    second.session.copy().copy_in(&copy_in)?;
+    second.session.armed().copy_in(&copy_in)?;
     let mut buffer = Vec::with_capacity(BUFFER + 4096);
-    let connection = second.session.copy();
     let rows = first.session.stream(&query, &[chunk.after.as_deref(), chunk.last.as_deref()], FETCH, |row| {
         copy_line(&mut buffer, row.iter().copied());
         if buffer.len() >= BUFFER {
-            connection.copy_data(&buffer)?;
+            second.session.armed().copy_data(&buffer)?;
             buffer.clear();
         }
         Ok(())
     })?;
-    second.session.copy().copy_data(&buffer)?;
-    second.session.copy().copy_end(None)?;
+    second.session.armed().copy_data(&buffer)?;
+    second.session.armed().copy_end(None)?;
     first.end_read()?;
     commit_chunk(ctx, chunk, rows)?;
     Ok(rows)
@@ -221,6 +223,7 @@ fn done(ctx: &mut Context, chunk: &Chunk, rows: u64) -> Result<()> {
 pub fn analyze(ctx: &mut Context) -> Result<()> {
     let names: Vec<String> = ctx.pairs.iter().map(|p| p.second.rel.to_string()).collect();
     let (_, second) = ctx.stores()?;
+    second.session.set_patience(ANALYZE_PATIENCE);
     for i in 0..second.tables.len() {
         let sql = format!("ANALYZE {}", second.tables[i].rel);
         second.session.batch(&sql)?;

@@ -7,7 +7,7 @@
 pub mod apply;
 pub mod plan;
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use self::apply::{batches, missing, settle, write_rows};
 use self::plan::{Contended, Plan};
@@ -17,12 +17,13 @@ use crate::error::{Error, Result, Side};
 use crate::fault;
 use crate::mapping::rule::Pair;
 use crate::state::Phase;
+use crate::store::postgres::PATIENCE;
 use crate::store::{Changes, Isolation, Key, Owed, Session, Store, Watermark};
 
 /// A write in `both` yields to a client after this long at one lock, well below PostgreSQL's deadlock_timeout of 1 s.
 const YIELD_AFTER: Duration = Duration::from_millis(200);
-/// A cycle's source transaction ends after this long without an answer of the second server.
-const STALL: Duration = Duration::from_secs(5);
+/// Where no client may notice the second server, a transaction on first ends after this long without an answer of it.
+pub const STALL: Duration = Duration::from_secs(5);
 
 /// What a cycle did.
 #[derive(Debug, Clone, Copy, Default)]
@@ -69,14 +70,13 @@ pub fn run(ctx: &mut Context, retry_parked: bool) -> Result<Outcome> {
     let name = ctx.migration.name.clone();
     let Context { pairs, first, second, .. } = ctx;
     let second = second.as_mut().ok_or_else(|| Error::internal("not connected"))?;
-    second.session.set_deadline(Some(Instant::now() + STALL));
+    second.session.set_patience(if directions.backward { PATIENCE } else { STALL });
     let result = match directions {
         Directions { forward: true, backward: true } => two_way(&name, pairs, first, second, retry_parked),
         Directions { forward: true, .. } => one_way(first, second, retry_parked),
         Directions { backward: true, .. } => one_way(second, first, retry_parked),
         _ => Ok(Outcome::default()),
     };
-    second.session.set_deadline(None);
     result.map_err(|e| {
         ctx.rollback_all();
         match e {

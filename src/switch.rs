@@ -174,7 +174,7 @@ pub fn show_waiting(ctx: &mut Context, text: Option<&str>) -> Result<()> {
 /// Opens T1 and takes its locks: views, then (if first is to lose its writers) the tables.
 fn lock_first(
     ctx: &mut Context,
-    patience: &Patience,
+    deadline: Instant,
     managed: bool,
     second_shape: bool,
     tables: Option<u32>,
@@ -184,7 +184,6 @@ fn lock_first(
     if ctx.migration.taken_over || second_shape {
         views = views::view_oids(ctx, managed && ctx.migration.taken_over, second_shape)?;
     }
-    let deadline = patience.attempt();
     ctx.first.session.lock_relations(&views, pg_sys::AccessExclusiveLock as i32, deadline)?;
     if let Some(mode) = tables {
         let oids: Vec<u32> = ctx.first_tables.iter().map(|(oid, _)| *oid).collect();
@@ -207,7 +206,7 @@ fn bound_pause(ctx: &mut Context, pause: &mut Pause) -> Result<Instant> {
 fn towards_second(ctx: &mut Context, order: &Order) -> Result<()> {
     ctx.connect()?;
     let mut pause = Pause { began: Some(Instant::now()), drained: 0 };
-    lock_first(ctx, &order.patience, true, false, Some(pg_sys::ExclusiveLock))?;
+    lock_first(ctx, order.patience.attempt(), true, false, Some(pg_sys::ExclusiveLock))?;
     let end = bound_pause(ctx, &mut pause)?;
     fault::point("switch:locked")?;
     let name = ctx.migration.name.clone();
@@ -268,9 +267,10 @@ fn towards_first(ctx: &mut Context, order: &Order, to: State) -> Result<()> {
     let opens_first = from == State::Second;
     let mut pause = Pause { began: Some(Instant::now()), drained: 0 };
     let tables = opens_first.then_some(pg_sys::ShareRowExclusiveLock);
-    lock_first(ctx, &order.patience, opens_first, !fence_only, tables)?;
+    let deadline = order.patience.attempt();
+    lock_first(ctx, deadline, opens_first, !fence_only, tables)?;
     let end = bound_pause(ctx, &mut pause)?;
-    lock_second(ctx, &order.patience)?;
+    lock_second(ctx, deadline)?;
     fault::point("switch:locked")?;
 
     let Context { pairs, first, second, migration, .. } = &mut *ctx;
@@ -340,8 +340,7 @@ fn towards_first(ctx: &mut Context, order: &Order, to: State) -> Result<()> {
 }
 
 /// Opens T2 and locks the writers of the second store out; a table that could not be had comes first the next time.
-fn lock_second(ctx: &mut Context, patience: &Patience) -> Result<()> {
-    let deadline = patience.attempt();
+fn lock_second(ctx: &mut Context, deadline: Instant) -> Result<()> {
     let Context { second, stubborn_second, .. } = ctx;
     let second = second.as_mut().ok_or_else(|| Error::internal("not connected"))?;
     second.session.begin(Isolation::ReadCommitted, &[])?;
@@ -404,7 +403,7 @@ fn open_second_fenced(ctx: &mut Context, order: &Order) -> Result<()> {
         let mut pause = Pause { began: Some(Instant::now()), drained: 0 };
         let taken_over = ctx.migration.taken_over;
         let tables = (!taken_over).then_some(pg_sys::AccessExclusiveLock);
-        let moved = lock_first(ctx, &order.patience, false, true, tables).and_then(|()| {
+        let moved = lock_first(ctx, order.patience.attempt(), false, true, tables).and_then(|()| {
             fault::point("switch:locked")?;
             if !taken_over {
                 views::take_over(ctx)?;
@@ -521,7 +520,7 @@ fn end(ctx: &mut Context, order: &Order, to: State, work: impl Fn(&mut Context) 
     loop {
         let pause = Pause { began: Some(Instant::now()), drained: 0 };
         let second_shape = to == State::Cancelled;
-        let result = lock_first(ctx, &order.patience, true, second_shape, Some(pg_sys::AccessExclusiveLock))
+        let result = lock_first(ctx, order.patience.attempt(), true, second_shape, Some(pg_sys::AccessExclusiveLock))
             .and_then(|()| work(ctx))
             .and_then(|()| commit_state(ctx, order, to, Phase::Finishing, &pause));
         let Err(e) = result else { return Ok(()) };

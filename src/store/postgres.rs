@@ -38,7 +38,11 @@ pub struct RemoteSession {
     may_set: bool,
     depth: usize,
     deadline: Option<Instant>,
+    patience: Duration,
 }
+
+/// How long one answer of the second server may take where nobody says otherwise.
+pub const PATIENCE: Duration = Duration::from_secs(60);
 
 impl RemoteSession {
     pub fn connect(target: &Target, deadline: Option<Instant>) -> Result<RemoteSession> {
@@ -49,15 +53,34 @@ impl RemoteSession {
             &[],
         )?;
         let may_set = may_set.first().and_then(|r| r[0].as_deref()) == Some("t");
-        connection.set_deadline(None);
-        Ok(RemoteSession { connection, target: target.clone(), flusher: None, may_set, depth: 0, deadline: None })
+        Ok(RemoteSession {
+            connection,
+            target: target.clone(),
+            flusher: None,
+            may_set,
+            depth: 0,
+            deadline: None,
+            patience: PATIENCE,
+        })
     }
 
     pub fn is_broken(&self) -> bool {
         self.connection.is_broken()
     }
 
-    pub fn copy(&mut self) -> &mut Connection {
+    /// Bounds the wait for each single answer; a deadline bounds them all together.
+    pub fn set_patience(&mut self, patience: Duration) {
+        self.patience = patience;
+    }
+
+    fn answer_by(&self) -> Option<Instant> {
+        let answer = Instant::now() + self.patience;
+        Some(self.deadline.map_or(answer, |deadline| deadline.min(answer)))
+    }
+
+    /// The connection, its next answer bounded.
+    pub fn armed(&mut self) -> &mut Connection {
+        self.connection.set_deadline(self.answer_by());
         &mut self.connection
     }
 }
@@ -77,15 +100,15 @@ impl Session for RemoteSession {
     }
 
     fn query(&mut self, sql: &str, params: &[Option<&str>]) -> Result<Vec<Row>> {
-        self.connection.query(sql, params)
+        self.armed().query(sql, params)
     }
 
     fn execute(&mut self, sql: &str, params: &[Option<&str>]) -> Result<u64> {
-        self.connection.execute(sql, params)
+        self.armed().execute(sql, params)
     }
 
     fn batch(&mut self, sql: &str) -> Result<()> {
-        self.connection.batch(sql)
+        self.armed().batch(sql)
     }
 
     fn admin_query(&mut self, sql: &str, params: &[Option<&str>]) -> Result<Vec<Row>> {
@@ -121,7 +144,7 @@ impl Session for RemoteSession {
 
     fn commit(&mut self) -> Result<()> {
         self.depth = 0;
-        self.connection.batch("COMMIT")
+        self.armed().batch("COMMIT")
     }
 
     fn rollback(&mut self) {
@@ -129,11 +152,9 @@ impl Session for RemoteSession {
         if self.connection.is_broken() || !self.connection.in_transaction() {
             return;
         }
-        let deadline = self.deadline;
         self.connection.set_deadline(Some(Instant::now() + Duration::from_secs(5)));
         // A failure marks the connection broken; the worker makes a new one.
         let _ = self.connection.batch("ROLLBACK");
-        self.connection.set_deadline(deadline);
     }
 
     fn savepoint(&mut self) -> Result<()> {
@@ -160,7 +181,6 @@ impl Session for RemoteSession {
 
     fn set_deadline(&mut self, deadline: Option<Instant>) {
         self.deadline = deadline;
-        self.connection.set_deadline(deadline);
     }
 
     fn flush(&mut self, counter: &str) -> Result<i64> {
@@ -169,7 +189,7 @@ impl Session for RemoteSession {
             if self.flusher.as_ref().is_none_or(|c| c.is_broken()) {
                 self.flusher = Some(Box::new(open(&self.target, self.deadline)?));
             }
-            let deadline = self.deadline;
+            let deadline = self.answer_by();
             let flusher = self.flusher.as_mut().ok_or_else(|| Error::internal("no connection to flush with"))?;
             flusher.set_deadline(deadline);
             flusher.query(&sql, &[])?

@@ -219,6 +219,7 @@ impl Worker {
     /// Keeps copy workers going until every chunk is there.
     fn copy(&mut self) -> Result<Next> {
         self.ctx.connect()?;
+        self.ctx.stores()?.1.session.set_patience(cycle::STALL);
         setup::ensure_watermark(&mut self.ctx)?;
         self.copiers.retain(|c| !c.has_stopped());
         if self.copiers.is_empty() && copy::is_complete(&mut self.ctx)? {
