@@ -29,7 +29,7 @@ CREATE TABLE crossover.migrated_table (
     copy_started   timestamptz,
     copy_finished  timestamptz,
     grants         text,                  -- as the table had them before the takeover
-    lent_to        text,                  -- role that was granted the foreign table for the sake of its view
+    take_back      text,                  -- REVOKEs of what the table's owner was granted for the sake of the view
     last_chunk     bigint NOT NULL DEFAULT 0,
     last_key       text,                  -- end of the last chunk handed out
     handed_out     boolean NOT NULL DEFAULT false,  -- the last chunk has been

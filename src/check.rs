@@ -9,7 +9,7 @@ use crate::error::{Error, Problem, Result};
 use crate::mapping::ident::{Ident, RelName};
 use crate::mapping::model::{NamedTable, Takeover, Target};
 use crate::mapping::rule::Pair;
-use crate::mapping::table::{Table, key_family};
+use crate::mapping::table::{Table, keys_agree};
 use crate::mapping::text::array_literal;
 use crate::store::local::LocalSession;
 use crate::store::{Session, parse};
@@ -73,6 +73,19 @@ pub fn first_server(
             );
         }
         let (Some(first), Some(second)) = (first, second) else { continue };
+        if first.owner != migration.owner
+            && let Some(server) = second.server
+        {
+            let mapped = session.admin_query(
+                "SELECT EXISTS (SELECT FROM pg_user_mapping WHERE umserver = $1::text::oid AND umuser IN (0, $2::text::oid))",
+                &[Some(&server.to_string()), Some(&first.owner.to_string())],
+            )?;
+            if mapped[0][0].as_deref() != Some("t") {
+                problems.push(Problem::new(&named.first, "its owner has no user mapping for the foreign server").hint(
+                    "The managed view reaches the second store as the table's owner: CREATE USER MAPPING for it.",
+                ));
+            }
+        }
         let mut table = first.table.clone();
         key(session, named, &mut table, &mut problems)?;
         match Pair::compile(i, named, table, second.table) {
@@ -279,7 +292,7 @@ pub fn second_server<S: Session>(
         let key = crate::context::remote_key(pair);
         for ((first, _), remote) in pair.key.iter().zip(&key) {
             if let (Some(a), Some(b)) = (pair.first.column(first), found.table.column(remote))
-                && key_family(a.type_oid) != key_family(b.type_oid)
+                && !keys_agree(a, b)
             {
                 problems.push(Problem::new(
                     &object,

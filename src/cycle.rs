@@ -9,7 +9,7 @@ pub mod plan;
 
 use std::time::Duration;
 
-use self::apply::{batches, missing, settle, write_rows};
+use self::apply::{BATCH, batches, missing, settle, write_rows};
 use self::plan::{Contended, Plan};
 use crate::catalog::Migration;
 use crate::context::{Context, FirstStore, SecondStore};
@@ -101,6 +101,17 @@ impl Incoming {
         self.changes.iter().map(|c| c.keys.len() + usize::from(c.whole.is_some())).sum()
     }
 
+    /// A parked row whose other side has changed takes part in the decision at once, or its image would be overwritten unseen.
+    fn wake_parked(&mut self, opposite: &Incoming) {
+        for ((changes, owed), other) in self.changes.iter_mut().zip(&self.owed).zip(&opposite.changes) {
+            for o in owed.iter().filter(|o| o.error.is_some()) {
+                if other.whole.is_some() || other.keys.contains_key(&o.key) {
+                    changes.add(o.key.clone(), o.at);
+                }
+            }
+        }
+    }
+
     pub fn log_rows(&self) -> i64 {
         self.changes.iter().map(|c| c.log_rows).sum()
     }
@@ -169,7 +180,9 @@ fn one_way<A: Session, B: Session>(
             let keys = keys.as_deref();
             let rows = source.derive(i, keys)?;
             let gone = missing(destination, i, keys, &rows)?;
-            outcome.rows += destination.delete(i, &gone.iter().collect::<Vec<_>>())?;
+            for gone in gone.iter().collect::<Vec<_>>().chunks(BATCH) {
+                outcome.rows += destination.delete(i, gone)?;
+            }
         }
     }
     for (i, changes) in incoming.changes.iter().enumerate() {
@@ -207,8 +220,10 @@ fn two_way(
     let s2 = second.begin_read()?;
     check_capture(first)?;
     check_capture(second)?;
-    let forward = incoming(first, second, retry_parked)?;
-    let backward = incoming(second, first, retry_parked)?;
+    let mut forward = incoming(first, second, retry_parked)?;
+    let mut backward = incoming(second, first, retry_parked)?;
+    forward.wake_parked(&backward);
+    backward.wake_parked(&forward);
     let parked = forward.parked() + backward.parked();
     if forward.is_empty() && backward.is_empty() {
         second.end_read()?;

@@ -210,7 +210,7 @@ impl Error {
 
     /// The target refuses this very row: a constraint (23), a cast or a value out of range (22).
     pub fn is_rejected_row(&self) -> bool {
-        matches!(self, Error::Server { .. }) && self.class_is(&["22", "23"])
+        matches!(self, Error::Server { .. }) && self.class_is(&["22", "23", "54", "P0"])
     }
 
     /// A client held the lock, or the replicator gave way to one.

@@ -2,11 +2,12 @@
 //!
 //! UPDATE and DELETE on a managed view that writes through INSTEAD OF triggers run over its write twin: the same view, ending
 //! in FOR UPDATE, so that what the statement computes it computes from the current, locked row. The twin is found by its
-//! reserved name in the view's own schema; it must belong to the same owner, or somebody who may create views there could
-//! catch other people's writes. No catalog of ours is read, and a statement that is not an UPDATE or DELETE costs one comparison.
+//! reserved name in the view's own schema; it must belong to the same owner, have the same columns and call the same trigger
+//! function, or somebody who may create views could catch other people's writes, or worse. No catalog of ours is read, and a
+//! statement that is not an UPDATE or DELETE on a view costs one comparison.
 
-use pgrx::pg_sys;
 use pgrx::prelude::*;
+use pgrx::{PgRelation, pg_sys};
 
 use crate::check::WRITE_SUFFIX;
 use crate::mapping::ident::Ident;
@@ -93,9 +94,12 @@ unsafe fn redirect_target(query: *mut pg_sys::Query) {
 }
 
 /// The write twin of a view, if it has one.
+///
+/// By its reserved name first, which is cheap. Then both views must belong to one owner, have the same columns (the plan is made for
+/// the one and runs on the other), and call one function from their triggers.
 fn write_twin(view: pg_sys::Oid) -> Option<pg_sys::Oid> {
     // SAFETY: syscache look-ups; get_rel_name returns null or a NUL-terminated string in the current context.
-    unsafe {
+    let twin = unsafe {
         let name = pg_sys::get_rel_name(view);
         if name.is_null() {
             return None;
@@ -103,24 +107,43 @@ fn write_twin(view: pg_sys::Oid) -> Option<pg_sys::Oid> {
         let twin = Ident::new(std::ffi::CStr::from_ptr(name).to_str().ok()?).with_suffix(WRITE_SUFFIX);
         let twin = std::ffi::CString::new(twin.as_str()).ok()?;
         let oid = pg_sys::get_relname_relid(twin.as_ptr(), pg_sys::get_rel_namespace(view));
-        (oid != pg_sys::InvalidOid
-            && pg_sys::get_rel_relkind(oid) as u8 == pg_sys::RELKIND_VIEW
-            && owner(oid)? == owner(view)?)
-        .then_some(oid)
+        if oid == pg_sys::InvalidOid || pg_sys::get_rel_relkind(oid) as u8 != pg_sys::RELKIND_VIEW {
+            return None;
+        }
+        oid
+    };
+    let lock = pg_sys::AccessShareLock as pg_sys::LOCKMODE;
+    // SAFETY: both were just looked up; the view is locked by its statement, and opening the twin fails if it is gone.
+    let (a, b) = unsafe { (PgRelation::with_lock(view, lock), PgRelation::with_lock(twin, lock)) };
+    // SAFETY: rd_rel of an open relation.
+    let one_owner = unsafe { (*a.rd_rel).relowner == (*b.rd_rel).relowner };
+    let function = write_function(&a)?;
+    (one_owner && write_function(&b) == Some(function) && same_columns(&a, &b)).then_some(twin)
+}
+
+/// The function of a view's trigger `crossover_write`.
+fn write_function(view: &PgRelation) -> Option<pg_sys::Oid> {
+    // SAFETY: trigdesc of an open relation is null or describes `numtriggers` triggers with NUL-terminated names.
+    unsafe {
+        let triggers = view.trigdesc;
+        if triggers.is_null() {
+            return None;
+        }
+        (0..(*triggers).numtriggers as usize)
+            .map(|i| &*(*triggers).triggers.add(i))
+            .find(|t| std::ffi::CStr::from_ptr(t.tgname) == c"crossover_write")
+            .map(|t| t.tgfoid)
     }
 }
 
-fn owner(relation: pg_sys::Oid) -> Option<pg_sys::Oid> {
-    // SAFETY: the tuple is read before it is released.
-    unsafe {
-        let tuple = pg_sys::SearchSysCache1(pg_sys::SysCacheIdentifier::RELOID as i32, pg_sys::Datum::from(relation));
-        if tuple.is_null() {
-            return None;
-        }
-        let data = (*tuple).t_data;
-        let form = data.cast::<u8>().add((*data).t_hoff as usize).cast::<pg_sys::FormData_pg_class>();
-        let owner = (*form).relowner;
-        pg_sys::ReleaseSysCache(tuple);
-        Some(owner)
-    }
+fn same_columns(a: &PgRelation, b: &PgRelation) -> bool {
+    let (a, b) = (a.tuple_desc(), b.tuple_desc());
+    a.len() == b.len()
+        && a.iter().zip(b.iter()).all(|(x, y)| {
+            x.attname.data == y.attname.data
+                && x.atttypid == y.atttypid
+                && x.atttypmod == y.atttypmod
+                && x.attcollation == y.attcollation
+                && x.attisdropped == y.attisdropped
+        })
 }

@@ -183,11 +183,18 @@ fn begin_snapshot<S: Session>(store: &mut Store<S>) -> Result<crate::store::Snap
     Ok(snapshot)
 }
 
-fn has_triggers<S: Session>(session: &mut S, rel: &str) -> Result<bool> {
+/// Has the table triggers of this very migration? Another one's are none of ours to remove.
+fn has_triggers<S: Session>(store: &mut Store<S>, index: usize) -> Result<bool> {
     let names = array_literal(TRIGGERS);
-    let rows = session.query(
-        "SELECT EXISTS (SELECT FROM pg_trigger WHERE tgrelid = to_regclass($1::text) AND tgname = ANY ($2::text[]))",
-        &[Some(rel), Some(&names)],
+    let functions = array_literal([
+        store.objects.capture_function(index).name.as_str().to_string(),
+        store.objects.fence_function().name.as_str().to_string(),
+    ]);
+    let rel = store.tables[index].rel.to_string();
+    let rows = store.session.query(
+        "SELECT EXISTS (SELECT FROM pg_trigger t JOIN pg_proc p ON p.oid = t.tgfoid \
+         WHERE t.tgrelid = to_regclass($1::text) AND t.tgname = ANY ($2::text[]) AND p.proname = ANY ($3::text[]))",
+        &[Some(&rel), Some(&names), Some(&functions)],
     )?;
     Ok(rows[0][0].as_deref() == Some("t"))
 }
@@ -199,7 +206,7 @@ pub fn remove_second(ctx: &mut Context, keep_schema: bool) -> Result<()> {
     let tables = ctx.pairs.len();
     let (_, second) = ctx.stores()?;
     for i in 0..second.tables.len() {
-        if has_triggers(&mut second.session, &second.tables[i].rel.to_string())? {
+        if has_triggers(second, i)? {
             let sql = second.tables[i].drop_capture();
             in_transaction(&mut second.session, |session| session.batch(&sql))?;
         }
@@ -249,7 +256,7 @@ pub fn remove_first_locked(ctx: &mut Context) -> Result<()> {
     let tables = ctx.pairs.len();
     let Context { first, migration, .. } = ctx;
     for i in 0..first.tables.len() {
-        if has_triggers(&mut first.session, &first.tables[i].rel.to_string())? {
+        if has_triggers(first, i)? {
             let sql = first.tables[i].drop_capture();
             first.session.admin_batch(&sql)?;
         }

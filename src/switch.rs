@@ -477,17 +477,47 @@ pub fn finish(ctx: &mut Context, order: &Order, drop_first: bool) -> Result<()> 
             hint: "A migration is finished from second: migration_set_state(name, 'second').",
         });
     }
+    if drop_first {
+        check_drop(ctx)?;
+    }
     cycle::run(ctx, true)?;
+    bring_conflicts_home(ctx)?;
     end(ctx, order, State::Finished, |ctx| {
         setup::remove_first_locked(ctx)?;
         if drop_first {
-            for (_, rel) in ctx.first_tables.clone().iter().rev() {
+            for (oid, rel) in ctx.first_tables.clone().iter().rev() {
+                keep_sequences(ctx, *oid)?;
                 ctx.first.session.batch(&format!("DROP TABLE {rel}"))?;
             }
         }
         Ok(())
     })?;
     fault::point("finish:committed")
+}
+
+/// The managed views take new values from the tables' sequences; an identity's cannot outlive its table.
+fn check_drop(ctx: &Context) -> Result<()> {
+    match ctx.pairs.iter().find(|p| p.first.columns.iter().any(|c| c.identity.is_some())) {
+        None => Ok(()),
+        Some(pair) => Err(Error::BadArgument {
+            message: format!("table {} has an identity column, whose sequence the managed view uses", pair.first.rel),
+            hint: "Finish without drop_first; the table stays under its reserved name.".into(),
+        }),
+    }
+}
+
+/// Sequences of serial columns stay when their table goes.
+fn keep_sequences(ctx: &mut Context, table: u32) -> Result<()> {
+    let session = &mut ctx.first.session;
+    let owned = session.query(
+        "SELECT d.objid::regclass::text FROM pg_depend d JOIN pg_class c ON c.oid = d.objid AND c.relkind = 'S' \
+         WHERE d.classid = 'pg_class'::regclass AND d.refobjid = $1::text::oid AND d.deptype = 'a'",
+        &[Some(&table.to_string())],
+    )?;
+    for sequence in owned.iter().filter_map(|r| r[0].as_deref()) {
+        session.batch(&format!("ALTER SEQUENCE {sequence} OWNED BY NONE"))?;
+    }
+    Ok(())
 }
 
 /// Undoes everything from `copying` or `first`.

@@ -68,7 +68,7 @@ pub fn give_back(ctx: &mut Context) -> Result<()> {
             session.batch(&view::set_grants(&managed.view, &owner, Some(grants), &held))?;
         }
     }
-    take_foreign_tables_back(session, migration, pairs)?;
+    take_foreign_tables_back(session, migration)?;
     migration.taken_over = false;
     let names = pairs.iter().map(|p| p.first.rel.clone()).collect();
     ctx.rename_first(names);
@@ -103,6 +103,9 @@ pub fn point_at_second(ctx: &mut Context) -> Result<()> {
             session.batch(&view::create_write_twin(pair, &managed))?;
             session.batch(&view::create_triggers(pair, &managed))?;
             own_like(session, &managed.write, &managed.view)?;
+            // Its expressions are looked up in the table's schema, so it must not have more rights than the table's owner.
+            let owner = oid_of(session, &managed.view).and_then(|oid| owner_of(session, oid))?;
+            session.batch(&format!("ALTER FUNCTION {}() OWNER TO {owner}", managed.write))?;
             grant_like(session, &managed.write, grants.as_deref())?;
         }
     }
@@ -229,36 +232,42 @@ fn owner_of(session: &mut LocalSession, oid: u32) -> Result<Ident> {
     Ok(Ident::new(rows.first().and_then(|r| r[0].clone()).unwrap_or_default()))
 }
 
-/// The managed view belongs to the table's owner, who has to reach the foreign table through it.
+/// The managed view and its trigger function belong to the table's owner, who has to reach the foreign table through them. What
+/// that role lacks is granted, and remembered as the statements that take it back.
 fn lend_foreign_table(session: &mut LocalSession, migration: &Migration, pair: &Pair, owner: &Ident) -> Result<()> {
+    let (table, schema) = (&pair.second.rel, &pair.second.rel.schema);
     let may = session.query(
-        "SELECT bool_and(has_table_privilege($1::text::name, $2::text::oid, p)) FROM unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE']) AS p",
-        &[Some(owner.as_str()), Some(&pair.second.oid.to_string())],
+        "SELECT bool_and(has_table_privilege($1::text::name, $2::text::oid, p)), has_schema_privilege($1::text::name, $3::text, 'USAGE') \
+         FROM unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE']) AS p",
+        &[Some(owner.as_str()), Some(&pair.second.oid.to_string()), Some(schema.as_str())],
     )?;
-    if may[0][0].as_deref() == Some("t") {
+    let mut take_back = String::new();
+    if may[0][0].as_deref() != Some("t") {
+        session.batch(&format!("GRANT SELECT, INSERT, UPDATE, DELETE ON {table} TO {owner}"))?;
+        take_back += &format!("REVOKE SELECT, INSERT, UPDATE, DELETE ON {table} FROM {owner};\n");
+    }
+    if may[0][1].as_deref() != Some("t") {
+        session.batch(&format!("GRANT USAGE ON SCHEMA {schema} TO {owner}"))?;
+        take_back += &format!("REVOKE USAGE ON SCHEMA {schema} FROM {owner};\n");
+    }
+    if take_back.is_empty() {
         return Ok(());
     }
-    session.batch(&format!("GRANT SELECT, INSERT, UPDATE, DELETE ON {} TO {owner}", pair.second.rel))?;
     session
         .admin_execute(
-            "UPDATE crossover.migrated_table SET lent_to = $3::text WHERE migration_id = $1::text::int AND index = $2::text::int",
-            &[Some(&migration.id.to_string()), Some(&pair.index.to_string()), Some(owner.as_str())],
+            "UPDATE crossover.migrated_table SET take_back = $3::text WHERE migration_id = $1::text::int AND index = $2::text::int",
+            &[Some(&migration.id.to_string()), Some(&pair.index.to_string()), Some(&take_back)],
         )
         .map(drop)
 }
 
 /// Takes back what [`lend_foreign_table`] granted.
-fn take_foreign_tables_back(session: &mut LocalSession, migration: &Migration, pairs: &[Pair]) -> Result<()> {
+fn take_foreign_tables_back(session: &mut LocalSession, migration: &Migration) -> Result<()> {
     let lent = session.admin_query(
-        "SELECT index, lent_to FROM crossover.migrated_table WHERE migration_id = $1::text::int AND lent_to IS NOT NULL",
+        "SELECT take_back FROM crossover.migrated_table WHERE migration_id = $1::text::int AND take_back IS NOT NULL ORDER BY index",
         &[Some(&migration.id.to_string())],
     )?;
-    for row in lent {
-        let (Some(index), Some(role)) = (&row[0], &row[1]) else { continue };
-        let (table, role) = (&pairs[parse::<usize>(index)?].second.rel, Ident::new(role.clone()));
-        session.batch(&format!("REVOKE SELECT, INSERT, UPDATE, DELETE ON {table} FROM {role}"))?;
-    }
-    Ok(())
+    lent.iter().filter_map(|row| row[0].as_deref()).try_for_each(|sql| session.batch(sql))
 }
 
 /// Makes the privileges on a view exactly these.
@@ -288,13 +297,24 @@ fn comments(session: &mut LocalSession, oid: u32, view: &RelName) -> Result<Stri
     Ok(sql)
 }
 
-/// The rules as views that an operator can look at, one for each direction.
+/// The rules as views that an operator can look at, one for each direction. The owner makes them: they hold the owner's SQL.
 pub fn create_rule_views(
     session: &mut LocalSession,
     pairs: &[Pair],
     migration: &Migration,
     objects: &crate::mapping::sql::Objects,
 ) -> Result<()> {
+    let may_create = |session: &mut LocalSession, verb: &str, word: &str| {
+        if migration.owner_is_superuser {
+            return Ok(());
+        }
+        session.admin_batch(&format!(
+            "{verb} USAGE, CREATE ON SCHEMA {} {word} {}",
+            objects.schema(),
+            migration.owner_name
+        ))
+    };
+    may_create(session, "GRANT", "TO")?;
     for pair in pairs {
         session.batch(&search_path(&pair.first.rel))?;
         for (direction, rules, target, source) in [
@@ -302,14 +322,14 @@ pub fn create_rule_views(
             ("backward", &pair.backward, &pair.first, &pair.second.rel),
         ] {
             let name = objects.rule_view(direction, pair.index);
-            session.admin_batch(&format!(
-                "{};\nALTER VIEW {name} OWNER TO {};\nCOMMENT ON VIEW {name} IS {};\n",
-                crate::mapping::sql::create_rule_view(&name, rules, target, source),
-                migration.owner_name,
+            session.batch(&crate::mapping::sql::create_rule_view(&name, rules, target, source))?;
+            session.batch(&format!(
+                "COMMENT ON VIEW {name} IS {}",
                 quote_literal(&format!("migration {}: the {direction} rule of {}", migration.name, pair.first.rel))
             ))?;
         }
     }
+    may_create(session, "REVOKE", "FROM")?;
     session.batch("SET LOCAL search_path = pg_catalog, pg_temp")
 }
 

@@ -73,4 +73,16 @@ mod tests {
         .expect("an update");
         assert_eq!(text("SELECT id::text FROM kept").as_deref(), Some("2"));
     }
+
+    #[pg_test]
+    fn a_twin_by_name_only_is_not_used() {
+        Spi::run(
+            "CREATE TABLE words (a text); INSERT INTO words VALUES ('w'); CREATE TABLE numbers (a int8); INSERT INTO numbers VALUES (12345678);
+             CREATE VIEW v AS SELECT a FROM words; CREATE VIEW v__write AS SELECT a FROM numbers;
+             UPDATE v SET a = '1' WHERE a || 'x' <> 'y'",
+        )
+        .expect("an update");
+        assert_eq!(text("SELECT a FROM words").as_deref(), Some("1"));
+        assert_eq!(text("SELECT a::text FROM numbers").as_deref(), Some("12345678"));
+    }
 }

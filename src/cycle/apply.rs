@@ -9,7 +9,7 @@ use crate::fault;
 use crate::store::{Changes, Key, Owed, Session, Snapshot, Store};
 
 /// Rows written by one statement.
-const BATCH: usize = 1000;
+pub const BATCH: usize = 1000;
 
 /// Applies one direction's rows: deletes (children first), then upserts (parents first); then looks again.
 pub fn apply<S: Session>(

@@ -2,7 +2,7 @@
 
 use super::ident::{Ident, RelName, parse_ident};
 use super::model::NamedTable;
-use super::table::{Column, Table, key_family};
+use super::table::{Column, Table, keys_agree};
 use crate::error::Problem;
 
 /// One table to one table. The simple form of the mapping compiles into two rules (views) of it.
@@ -36,6 +36,15 @@ impl Pair {
                         .hint("Add it to \"forward\"."),
                 );
             }
+        }
+        for column in first.columns.iter().filter(|c| c.generated) {
+            problems.push(
+                Problem::new(
+                    format!("{}.{}", first.rel, column.name),
+                    "a generated column cannot be shown over the second store",
+                )
+                .hint("Not supported yet."),
+            );
         }
         for column in writable(&first) {
             let mapped = backward.iter().any(|(c, _)| *c == column.name);
@@ -145,7 +154,13 @@ fn key(
             continue;
         };
         let (Some(a), Some(b)) = (first.column(name), second.column(target)) else { continue };
-        if key_family(a.type_oid) != key_family(b.type_oid) {
+        if a.type_name == "numeric" {
+            problems.push(
+                Problem::new(format!("{}.{name}", first.rel), "a key column of type numeric has no fixed scale")
+                    .hint("One number has several forms then (1, 1.0). Give the column a scale: numeric(p, s)."),
+            );
+        }
+        if !keys_agree(a, b) {
             problems.push(
                 Problem::new(
                     format!("{}.{target}", second.rel),

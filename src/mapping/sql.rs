@@ -5,7 +5,7 @@
 
 use super::ident::{Ident, RelName, quote_literal};
 use super::rule::{Pair, writable};
-use super::table::{Table, text_depends_on_settings};
+use super::table::{Table, key_cast, text_depends_on_settings};
 use crate::error::Side;
 
 /// How many tables the change log is spread over; never dropped, all always read.
@@ -41,7 +41,7 @@ impl Objects {
     pub fn log_ring(&self, ring: u32) -> RelName {
         self.rel("log").with_suffix(&format!("_{ring}"))
     }
-    /// The replicator's own transaction, as a row that no client can write.
+    /// The replicator's own transactions, as rows that no client can write.
     pub fn origin(&self) -> RelName {
         self.rel("origin")
     }
@@ -92,8 +92,7 @@ impl Objects {
             "CREATE TABLE {log} (xid xid8 NOT NULL, at timestamptz NOT NULL, source int NOT NULL, key text[],
     ring int NOT NULL DEFAULT (extract(epoch FROM clock_timestamp())::bigint / {rotation_seconds}) % {LOG_RING}
 ) PARTITION BY LIST (ring);
-{rings}{indexes}CREATE TABLE {origin} (xid xid8 NOT NULL);
-INSERT INTO {origin} VALUES ('0');
+{rings}{indexes}CREATE TABLE {origin} (xid xid8 PRIMARY KEY);
 CREATE TABLE {counter} (n bigint NOT NULL);
 INSERT INTO {counter} VALUES (0);
 CREATE TABLE {mark} (watermark pg_snapshot NOT NULL, counter bigint NOT NULL);
@@ -460,9 +459,7 @@ pub fn set_statement(name: &str, value: &str) -> String {
 }
 
 fn keys<'a>(names: impl Iterator<Item = &'a Ident>, table: &Table) -> Vec<(Ident, String)> {
-    names
-        .map(|name| (name.clone(), table.column(name).map_or_else(|| "text".to_string(), |c| c.cast_type.clone())))
-        .collect()
+    names.map(|name| (name.clone(), table.column(name).map_or_else(|| "text".to_string(), key_cast))).collect()
 }
 
 fn needs_settings(table: &Table) -> bool {

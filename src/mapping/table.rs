@@ -49,6 +49,19 @@ pub fn key_family(type_oid: u32) -> u32 {
     }
 }
 
+/// May a key column of the one type hold the same keys as one of the other, with the same text?
+pub fn keys_agree(a: &Column, b: &Column) -> bool {
+    match key_family(a.type_oid) {
+        20 | 25 => key_family(a.type_oid) == key_family(b.type_oid),
+        _ => a.type_name == b.type_name,
+    }
+}
+
+/// The type that a key's text is cast to: wide enough for the keys of either store.
+pub fn key_cast(column: &Column) -> String {
+    if key_family(column.type_oid) == 20 { "bigint".to_string() } else { column.cast_type.clone() }
+}
+
 /// Types whose text depends on a session's settings (DateStyle, TimeZone, extra_float_digits, ...).
 pub fn text_depends_on_settings(type_oid: u32) -> bool {
     !matches!(type_oid, 16 | 18 | 19 | 20 | 21 | 23 | 25 | 26 | 1042 | 1043 | 1700 | 2950)

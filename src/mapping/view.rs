@@ -148,7 +148,8 @@ pub fn create_triggers(pair: &Pair, managed: &Managed) -> String {
             .iter()
             .map(|c| match pair.backward_of(&c.name) {
                 Some(_) => backward(pair, c),
-                None => format!("{}.{}", if into == "crossover_now" { "OLD" } else { "NEW" }, c.name),
+                // Nothing of it is stored on the second side.
+                None => format!("NULL::{}", c.type_name),
             })
             .collect();
         format!("SELECT {} INTO {into} FROM (SELECT {record}.*) AS {};", values.join(", "), second.name)
@@ -160,6 +161,19 @@ pub fn create_triggers(pair: &Pair, managed: &Managed) -> String {
         .iter()
         .map(|(c, _)| {
             format!("{c} = CASE WHEN crossover_new.{c}::text IS DISTINCT FROM crossover_old.{c}::text THEN crossover_new.{c} ELSE t.{c} END")
+        })
+        .collect();
+    let unmapped: String = pair
+        .first
+        .columns
+        .iter()
+        .filter(|c| pair.backward_of(&c.name).is_none())
+        .map(|c| {
+            format!(
+                "    IF NEW.{n}::text IS DISTINCT FROM OLD.{n}::text THEN\n        RAISE EXCEPTION 'column % has no place in the second store', {l} USING ERRCODE = 'feature_not_supported', HINT = 'The mapping gives it no expression.';\n    END IF;\n",
+                n = c.name,
+                l = quote_literal(c.name.as_str())
+            )
         })
         .collect();
     let identities: String = pair
@@ -206,7 +220,7 @@ BEGIN
         DELETE FROM {second} AS t WHERE {key_old};
         RETURN CASE WHEN FOUND THEN OLD END;
     END IF;
-    {forward_new}
+{unmapped}    {forward_new}
     UPDATE {second} AS t SET {set} WHERE {key_old} RETURNING * INTO crossover_row;
     IF NOT FOUND THEN
         RETURN NULL;
@@ -223,6 +237,7 @@ REVOKE ALL ON FUNCTION {function}() FROM PUBLIC;
         view = managed.view,
         write = managed.write,
         view_name = quote_literal(managed.view.name.as_str()),
+        unmapped = unmapped,
         columns = columns.join(", "),
         values = values.join(", "),
         set = set.join(", "),

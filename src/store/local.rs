@@ -55,6 +55,35 @@ impl Drop for AsUser {
     }
 }
 
+/// A search_path in which nobody can plant an operator or function, for statements that run with more rights than their caller has.
+struct PinnedPath(i32);
+
+impl PinnedPath {
+    fn new() -> PinnedPath {
+        // SAFETY: opens a nest level of settings and saves search_path in it; an error's abort closes it.
+        unsafe {
+            let level = pg_sys::NewGUCNestLevel();
+            pg_sys::set_config_option(
+                c"search_path".as_ptr(),
+                c"pg_catalog, pg_temp".as_ptr(),
+                pg_sys::GucContext::PGC_USERSET,
+                pg_sys::GucSource::PGC_S_SESSION,
+                pg_sys::GucAction::GUC_ACTION_SAVE,
+                true,
+                0,
+                false,
+            );
+            PinnedPath(level)
+        }
+    }
+
+    /// Not on drop: while an error unwinds, the abort does it.
+    fn restore(self) {
+        // SAFETY: closes the level that `new` opened.
+        unsafe { pg_sys::AtEOXact_GUC(true, self.0) }
+    }
+}
+
 /// Runs `f` and turns a PostgreSQL ERROR raised in it into an [`Error`]. The transaction (or subtransaction) it happened
 /// in must then be rolled back by the caller.
 pub fn catch<T>(f: impl FnOnce() -> T) -> Result<T> {
@@ -187,6 +216,7 @@ impl LocalSession {
             savepoints: Vec::new(),
             stubborn: Vec::new(),
         };
+        session.pin_settings()?;
         session.begin(Isolation::ReadCommitted, &[])?;
         let owner =
             session.query("SELECT nspowner::int8 FROM pg_catalog.pg_namespace WHERE nspname = 'crossover'", &[]);
@@ -199,13 +229,13 @@ impl LocalSession {
     }
 
     /// Pins the settings that a value's text depends on, for the life of the process.
-    pub fn pin_settings(&mut self) -> Result<()> {
+    fn pin_settings(&mut self) -> Result<()> {
         let sql: String = crate::mapping::sql::session_settings()
             .iter()
             .map(|(name, value)| crate::mapping::sql::set_statement(name, value) + ";\n")
             .collect();
         self.begin(Isolation::ReadCommitted, &[])?;
-        self.admin_batch(&sql)?;
+        self.batch(&sql)?;
         self.commit()
     }
 
@@ -321,11 +351,28 @@ impl LocalSession {
                     error!("could not prepare: {sql}");
                 }
                 let sources = PgList::<pg_sys::CachedPlanSource>::from_pg(pg_sys::SPI_plan_get_plan_sources(plan));
-                sources.iter_ptr().any(|source| {
-                    PgList::<pg_sys::Query>::from_pg((*source).query_list)
-                        .iter_ptr()
-                        .any(|query| pg_sys::contain_volatile_functions(query.cast()))
-                })
+                let queries: Vec<*mut pg_sys::Query> = sources
+                    .iter_ptr()
+                    .flat_map(|s| PgList::<pg_sys::Query>::from_pg((*s).query_list).iter_ptr().collect::<Vec<_>>())
+                    .collect();
+                // What was meant as one expression must not be more than that.
+                match queries[..] {
+                    [query]
+                        if (*query).commandType == pg_sys::CmdType::CMD_SELECT
+                            && (*query).setOperations.is_null()
+                            && PgList::<pg_sys::TargetEntry>::from_pg((*query).targetList).len() == 1
+                            && PgList::<pg_sys::RangeTblEntry>::from_pg((*query).rtable).len() == 1 =>
+                    {
+                        pg_sys::contain_volatile_functions(query.cast())
+                    }
+                    _ => {
+                        pgrx::ereport!(
+                            ERROR,
+                            pgrx::PgSqlErrorCode::ERRCODE_SYNTAX_ERROR,
+                            "it is more than one expression"
+                        );
+                    }
+                }
             }
         })
     }
@@ -335,7 +382,14 @@ impl LocalSession {
             return Err(Error::internal("no transaction"));
         }
         let admin = admin.then(|| AsUser::switch(self.admin));
-        let result = catch(|| with_spi(f));
+        let result = catch(|| {
+            let path = admin.is_some().then(PinnedPath::new);
+            let result = with_spi(f);
+            if let Some(path) = path {
+                path.restore();
+            }
+            result
+        });
         drop(admin);
         result
     }
@@ -526,6 +580,7 @@ pub fn look(sql: &str) -> Result<Vec<Row>> {
             let owner = (*form).nspowner;
             pg_sys::ReleaseSysCache(tuple);
             let user = AsUser::switch(owner);
+            let path = PinnedPath::new();
             pg_sys::PushActiveSnapshot(pg_sys::GetLatestSnapshot());
             let found = with_spi(|| {
                 let source = c_sql(sql);
@@ -533,6 +588,7 @@ pub fn look(sql: &str) -> Result<Vec<Row>> {
                 rows()
             });
             pg_sys::PopActiveSnapshot();
+            path.restore();
             drop(user);
             found
         }

@@ -312,7 +312,10 @@ impl<S: Session> Store<S> {
 
     /// Marks the current transaction as the replicator's.
     pub fn mark_origin(&mut self) -> Result<()> {
-        self.session.admin_execute(&format!("UPDATE {} SET xid = pg_current_xact_id()", self.objects.origin()), &[])?;
+        self.session.admin_execute(
+            &format!("INSERT INTO {} VALUES (pg_current_xact_id()) ON CONFLICT DO NOTHING", self.objects.origin()),
+            &[],
+        )?;
         self.session.become_replica()
     }
 
@@ -380,6 +383,17 @@ impl<S: Session> Store<S> {
     pub fn set_fence(&mut self, on: bool) -> Result<()> {
         let sql: String = self.tables.iter().map(|t| t.set_fence(on) + ";\n").collect();
         self.session.batch(&sql)
+    }
+
+    /// Removes the marks of transactions that have ended.
+    pub fn forget_origins(&mut self) -> Result<()> {
+        let sql = format!("DELETE FROM {} WHERE xid < pg_snapshot_xmin(pg_current_snapshot())", self.objects.origin());
+        self.session.begin(Isolation::ReadCommitted, &[])?;
+        let result = self.session.admin_execute(&sql, &[]).and_then(|_| self.session.commit());
+        if result.is_err() {
+            self.session.rollback();
+        }
+        result
     }
 
     /// Log bytes on disk.

@@ -24,8 +24,7 @@ pub extern "C-unwind" fn crossover_copy_main(_arg: pg_sys::Datum) {
 }
 
 fn run(id: i32) -> Result<()> {
-    let mut session = LocalSession::new()?;
-    session.pin_settings()?;
+    let session = LocalSession::new()?;
     let Some(mut ctx) = Context::load(session, id)? else { return Ok(()) };
     ctx.load_tables()?;
     let result = copy::work(&mut ctx);

@@ -88,8 +88,7 @@ enum Next {
 
 fn run(assignment: Assignment) -> Result<()> {
     let id = assignment.number as i32;
-    let mut session = LocalSession::new()?;
-    session.pin_settings()?;
+    let session = LocalSession::new()?;
     if !claim(id)? {
         return Ok(());
     }
@@ -537,6 +536,11 @@ impl Worker {
             )?;
             for (table, o) in &parked {
                 first.session.admin_execute(
+                    "UPDATE crossover.conflict SET error = $4::text, first_image = to_jsonb($5::text) WHERE name = $1::text AND table_name = $2::text AND key = $3::text \
+                     AND kind = 'parked' AND resolved_at IS NULL AND (error, first_image) IS DISTINCT FROM ($4::text, to_jsonb($5::text))",
+                    &[Some(&name), Some(table), Some(&o.key), o.error.as_deref(), o.image.as_deref()],
+                )?;
+                first.session.admin_execute(
                     "INSERT INTO crossover.conflict (name, table_name, key, kind, error, first_image) SELECT $1::text, $2::text, $3::text, 'parked', $4::text, to_jsonb($5::text) \
                      WHERE NOT EXISTS (SELECT FROM crossover.conflict WHERE name = $1::text AND table_name = $2::text AND key = $3::text AND kind = 'parked' AND resolved_at IS NULL)",
                     &[Some(&name), Some(table), Some(&o.key), o.error.as_deref(), o.image.as_deref()],
@@ -558,6 +562,8 @@ impl Worker {
         self.rotate_at = Instant::now() + ROTATE_EVERY;
         let retention = settings::log_retention();
         let (first, second) = self.ctx.stores()?;
+        first.forget_origins()?;
+        second.forget_origins()?;
         if let Some(mark) = second.watermark()? {
             first.rotate_log(&mark.snapshot, retention)?;
         }
