@@ -92,6 +92,10 @@ fn odd_pair() -> Pair {
     let pair = Pair::new();
     pair.first.sql(ODD_TABLES);
     pair.second_store("st\"ore", ODD_SECOND);
+    // The managed view belongs to the table's owner, who is no superuser, and reaches the second store as that role.
+    pair.first.sql(
+        r#"CREATE USER MAPPING FOR "odd owner" SERVER second_server OPTIONS (user 'postgres', password_required 'false')"#,
+    );
     pair
 }
 
@@ -216,10 +220,6 @@ fn grants_and_comments_move_with_the_name() {
         (roles, pair.first.list(columns), pair.first.text(owner))
     };
     let before = look();
-    // The managed view belongs to the table's owner, who is no superuser, and reaches the second store as that role.
-    pair.first.sql(
-        r#"CREATE USER MAPPING FOR "odd owner" SERVER second_server OPTIONS (user 'postgres', password_required 'false')"#,
-    );
     let migration = Migration::start(&pair, "odd", &odd_mapping());
     migration.until_state("first");
     for state in ["both", "second"] {
