@@ -12,7 +12,7 @@ use crate::cycle;
 use crate::error::{Error, Result};
 use crate::fault;
 use crate::mapping::text::copy_line;
-use crate::store::{Isolation, Session, parse};
+use crate::store::{Derived, Isolation, Session, parse};
 
 /// Bytes collected before they are handed to the connection.
 const BUFFER: usize = 64 * 1024;
@@ -169,16 +169,15 @@ fn copy(ctx: &mut Context, chunk: &Chunk) -> Result<u64> {
 /// one where need be, and those that do not go in are owed.
 fn copy_row_by_row(ctx: &mut Context, chunk: &Chunk) -> Result<u64> {
     let (first, second) = ctx.stores()?;
-    let sql = first.table(chunk.index).derive_chunk();
     let lock = vec![first.table(chunk.index).rel.to_string()];
     first.session.begin(Isolation::RepeatableRead, &lock)?;
-    let rows = first.session.query(&sql, &[chunk.after.as_deref(), chunk.last.as_deref()])?;
+    let keys = first.chunk_keys(chunk.index, chunk.after.as_deref(), chunk.last.as_deref())?;
+    let derived = first.derive(chunk.index, Some(&keys.iter().collect::<Vec<_>>()))?;
     first.end_read()?;
-    let rows: std::collections::BTreeMap<String, String> =
-        rows.into_iter().filter_map(|mut r| Some((r[0].take()?, r[1].take()?))).collect();
     second.begin_write()?;
     let mut owed = Vec::new();
-    let written = cycle::apply::write_rows(second, chunk.index, &rows, &mut owed, None, &|_| 0)?;
+    let written = cycle::apply::write_rows(second, chunk.index, &derived.rows, &mut owed, None, &|_| 0)?;
+    owed.extend(Derived::parked(&derived.refused, &|_| 0));
     second.set_owed(chunk.index, &[], &owed)?;
     commit_chunk(ctx, chunk, written)?;
     Ok(written)

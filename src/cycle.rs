@@ -18,7 +18,7 @@ use crate::fault;
 use crate::mapping::rule::Pair;
 use crate::state::Phase;
 use crate::store::postgres::PATIENCE;
-use crate::store::{Changes, Isolation, Key, Owed, Session, Store, Watermark};
+use crate::store::{Changes, Derived, Isolation, Key, Owed, Session, Store, Watermark};
 
 /// A write in `both` yields to a client after this long at one lock, well below PostgreSQL's deadlock_timeout of 1 s.
 const YIELD_AFTER: Duration = Duration::from_millis(200);
@@ -178,8 +178,8 @@ fn one_way<A: Session, B: Session>(
     for (i, changes) in incoming.changes.iter().enumerate().rev() {
         for keys in batches(changes) {
             let keys = keys.as_deref();
-            let rows = source.derive(i, keys)?;
-            let gone = missing(destination, i, keys, &rows)?;
+            let derived = source.derive(i, keys)?;
+            let gone = missing(destination, i, keys, &derived)?;
             for gone in gone.iter().collect::<Vec<_>>().chunks(BATCH) {
                 outcome.rows += destination.delete(i, gone)?;
             }
@@ -189,9 +189,10 @@ fn one_way<A: Session, B: Session>(
         let mut owed = Vec::new();
         let mut settled: Vec<Key> = Vec::new();
         for keys in batches(changes) {
-            let rows = source.derive(i, keys.as_deref())?;
+            let derived = source.derive(i, keys.as_deref())?;
             let at = |key: &Key| changes.keys.get(key).copied().or(changes.whole).unwrap_or(0);
-            outcome.rows += write_rows(destination, i, &rows, &mut owed, None, &at)?;
+            outcome.rows += write_rows(destination, i, &derived.rows, &mut owed, None, &at)?;
+            owed.extend(Derived::parked(&derived.refused, &at));
             settled.extend(keys.into_iter().flatten().cloned());
         }
         parked += owed.len();

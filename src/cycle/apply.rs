@@ -6,7 +6,7 @@ use super::Incoming;
 use super::plan::{Contended, Rows, Written};
 use crate::error::Result;
 use crate::fault;
-use crate::store::{Changes, Key, Owed, Session, Snapshot, Store};
+use crate::store::{Changes, Derived, Key, Owed, Session, Snapshot, Store};
 
 /// Rows written by one statement.
 pub const BATCH: usize = 1000;
@@ -45,6 +45,7 @@ pub fn apply<S: Session>(
         let yields = (contended == Contended::Skip).then_some(&mut held);
         written.rows += write_rows(store, i, &upserts, &mut parked[i], yields, &at)?;
         skip[i].extend(held);
+        parked[i].extend(Derived::parked(&table.refused, &at));
     }
     if !fault::is_taken_out("no-look-again") {
         for (i, table) in rows.iter().enumerate() {
@@ -166,11 +167,11 @@ pub fn missing<S: Session>(
     destination: &mut Store<S>,
     index: usize,
     keys: Option<&[&Key]>,
-    rows: &BTreeMap<Key, String>,
+    derived: &Derived,
 ) -> Result<Vec<Key>> {
     let all = match keys {
         Some(keys) => keys.iter().map(|k| (*k).clone()).collect(),
         None => destination.present(index, None)?,
     };
-    Ok(all.into_iter().filter(|k| !rows.contains_key(k)).collect())
+    Ok(all.into_iter().filter(|k| !derived.rows.contains_key(k) && !derived.refused.contains_key(k)).collect())
 }

@@ -24,6 +24,8 @@ pub enum Contended {
 pub struct Rows {
     pub upserts: BTreeMap<Key, String>,
     pub deletes: Vec<Key>,
+    /// Rows for which a rule's expression failed: parked.
+    pub refused: BTreeMap<Key, String>,
 }
 
 struct ConflictRow {
@@ -184,9 +186,9 @@ fn rows_of<A: Session, B: Session>(
         Scope::Keys(keys) => Some(keys.iter().collect()),
         Scope::Whole => None,
     };
-    let upserts = source.derive(index, keys.as_deref())?;
-    let deletes = missing(destination, index, keys.as_deref(), &upserts)?;
-    Ok(Rows { upserts, deletes })
+    let derived = source.derive(index, keys.as_deref())?;
+    let deletes = missing(destination, index, keys.as_deref(), &derived)?;
+    Ok(Rows { upserts: derived.rows, deletes, refused: derived.refused })
 }
 
 /// Both images of each conflict; none is recorded where both stores derive the same row.
@@ -200,7 +202,7 @@ fn conflict_rows(
         return Ok(Vec::new());
     }
     let keys: Vec<&Key> = conflicts.iter().map(|(k, _)| k).collect();
-    let (derived, stored) = (first.derive(index, Some(&keys))?, second.derive(index, Some(&keys))?);
+    let (derived, stored) = (first.derive(index, Some(&keys))?.rows, second.derive(index, Some(&keys))?.rows);
     let differing: Vec<&Key> = keys.into_iter().filter(|k| derived.get(*k) != stored.get(*k)).collect();
     let (mut a, mut b) = (first.images(index, &differing)?, second.images(index, &differing)?);
     Ok(conflicts

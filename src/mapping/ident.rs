@@ -138,6 +138,14 @@ pub fn quote_literal(text: &str) -> String {
     }
 }
 
+/// Puts a dollar-quote tag that does not occur in `sql` where it has a NUL (which no name or value can hold): whatever a
+/// function's body contains, it does not end there.
+pub fn dollar_quoted(sql: &str) -> String {
+    let tags = std::iter::once("$crossover$".to_string()).chain((0..).map(|n| format!("$crossover{n}$")));
+    let free = tags.into_iter().find(|tag| !sql.contains(tag.as_str())).unwrap_or_default();
+    sql.replace('\0', &free)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -153,6 +161,12 @@ mod tests {
         }
         assert_eq!(parse_ident("Id"), Some(Ident::new("id")));
         assert_eq!(parse_ident("id + 1"), None);
+    }
+
+    #[test]
+    fn a_body_cannot_end_its_own_quotes() {
+        assert_eq!(dollar_quoted("AS \0a\0;"), "AS $crossover$a$crossover$;");
+        assert_eq!(dollar_quoted("AS \0a$crossover$b\0;"), "AS $crossover0$a$crossover$b$crossover0$;");
     }
 
     #[test]

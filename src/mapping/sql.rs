@@ -3,7 +3,7 @@
 //! Keys and rows travel as the text of text arrays (`{1,"a b",NULL}`): every type has a text form that is the
 //! same on both servers once the settings of section 6 of the design are pinned.
 
-use super::ident::{Ident, RelName, quote_literal};
+use super::ident::{Ident, RelName, dollar_quoted, quote_literal};
 use super::rule::{Pair, writable};
 use super::table::{Table, key_cast, text_depends_on_settings};
 use crate::error::Side;
@@ -123,8 +123,8 @@ CREATE TABLE {conflict} (id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, sou
     /// Rejects writes to a store that is not exposed; the replicator passes.
     fn create_fence_function(&self) -> String {
         let (function, origin) = (self.fence_function(), self.origin());
-        format!(
-            "CREATE FUNCTION {function}() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $crossover$
+        dollar_quoted(&format!(
+            "CREATE FUNCTION {function}() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS \0
 BEGIN
     IF EXISTS (SELECT FROM {origin} WHERE xid = pg_current_xact_id()) THEN
         RETURN NULL;
@@ -137,10 +137,10 @@ BEGIN
         USING ERRCODE = 'read_only_sql_transaction',
               HINT = 'Write through the view under the table''s old name; migration_status() of pg_crossover on the first server shows the state.';
 END
-$crossover$;
+\0;
 REVOKE ALL ON FUNCTION {function}() FROM PUBLIC;
 "
-        )
+        ))
     }
 }
 
@@ -310,16 +310,9 @@ impl StoreTable {
         )
     }
 
-    /// The rows of a chunk as `(key, row)`, for where COPY was refused.
-    pub fn derive_chunk(&self) -> String {
-        let columns: Vec<String> = self.read_columns.iter().map(|c| format!("d.{c}::text")).collect();
-        format!(
-            "SELECT {}, ARRAY[{}]::text FROM {} AS d WHERE {}",
-            key_text("d", &self.read_key),
-            columns.join(", "),
-            self.read_from,
-            chunk_bounds("d", &self.read_key)
-        )
+    /// The keys of a chunk, for where COPY was refused.
+    pub fn chunk_keys(&self) -> String {
+        format!("SELECT {} FROM {} AS t WHERE {}", key_text("t", &self.key), self.rel, chunk_bounds("t", &self.key))
     }
 
     /// The last key of the chunk of `$2` rows after the key `$1`, or no row when fewer are left.
@@ -368,8 +361,8 @@ impl StoreTable {
         };
         let insert = format!("INSERT INTO {log} (xid, at, source, key)");
         let row = format!("pg_current_xact_id(), clock_timestamp(), {}", self.index);
-        format!(
-            "CREATE FUNCTION {function}() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp{pins} AS $crossover$
+        dollar_quoted(&format!(
+            "CREATE FUNCTION {function}() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp{pins} AS \0
 BEGIN
     IF EXISTS (SELECT FROM {origin} WHERE xid = pg_current_xact_id()) THEN
         RETURN NULL;
@@ -385,7 +378,7 @@ BEGIN
     END IF;
     RETURN NULL;
 END
-$crossover$;
+\0;
 REVOKE ALL ON FUNCTION {function}() FROM PUBLIC;
 CREATE TRIGGER crossover_capture_insert AFTER INSERT ON {rel} REFERENCING NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION {function}();
 CREATE TRIGGER crossover_capture_update AFTER UPDATE ON {rel} REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION {function}();
@@ -399,7 +392,7 @@ ALTER TABLE {rel} ENABLE ALWAYS TRIGGER crossover_capture_insert, ENABLE ALWAYS 
             old = key("o"),
             rel = self.rel,
             fence = objects.fence_function(),
-        )
+        ))
     }
 
     pub fn drop_capture(&self) -> String {

@@ -1,6 +1,6 @@
 //! The SQL of managed views, write twins and their triggers. Pure.
 
-use super::ident::{Ident, RelName, quote_literal};
+use super::ident::{Ident, RelName, dollar_quoted, quote_literal};
 use super::rule::Pair;
 use super::table::Column;
 
@@ -189,8 +189,8 @@ pub fn create_triggers(pair: &Pair, managed: &Managed) -> String {
             )
         })
         .collect();
-    format!(
-        "CREATE FUNCTION {function}() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER SET search_path = {schema}, public, pg_temp AS $crossover$
+    dollar_quoted(&format!(
+        "CREATE FUNCTION {function}() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER SET search_path = {schema}, public, pg_temp AS \0
 #variable_conflict use_column
 DECLARE
     crossover_old {second};
@@ -228,7 +228,7 @@ BEGIN
     {back_new}
     RETURN NEW;
 END
-$crossover$;
+\0;
 CREATE TRIGGER crossover_write INSTEAD OF INSERT OR UPDATE OR DELETE ON {view} FOR EACH ROW EXECUTE FUNCTION {function}();
 CREATE TRIGGER crossover_write INSTEAD OF UPDATE OR DELETE ON {write} FOR EACH ROW EXECUTE FUNCTION {function}();
 REVOKE ALL ON FUNCTION {function}() FROM PUBLIC;
@@ -246,7 +246,7 @@ REVOKE ALL ON FUNCTION {function}() FROM PUBLIC;
         forward_old = forward("OLD", "crossover_old"),
         back_new = back("crossover_row", "NEW"),
         back_now = back("crossover_row", "crossover_now"),
-    )
+    ))
 }
 
 pub fn drop_triggers(managed: &Managed) -> String {

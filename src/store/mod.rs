@@ -120,6 +120,26 @@ pub struct Owed {
     pub image: Option<String>,
 }
 
+/// Rows in the second shape, and the keys for which an expression failed, with its error.
+#[derive(Debug, Default)]
+pub struct Derived {
+    pub rows: BTreeMap<Key, String>,
+    pub refused: BTreeMap<Key, String>,
+}
+
+impl Derived {
+    /// What to park for the rows that could not be derived.
+    pub fn parked(refused: &BTreeMap<Key, String>, at: &dyn Fn(&Key) -> Micros) -> Vec<Owed> {
+        let owed = |(key, error): (&Key, &String)| Owed {
+            key: key.clone(),
+            at: at(key),
+            error: Some(error.clone()),
+            image: None,
+        };
+        refused.iter().map(owed).collect()
+    }
+}
+
 /// One store of a migration.
 pub struct Store<S: Session> {
     pub session: S,
@@ -271,8 +291,47 @@ impl<S: Session> Store<S> {
     }
 
     /// Rows in the second shape, by key. `keys` None: all.
-    pub fn derive(&mut self, index: usize, keys: Option<&[&Key]>) -> Result<BTreeMap<Key, String>> {
-        self.by_key(&self.tables[index].derive(keys.is_none()), keys)
+    ///
+    /// A row for which a rule's expression fails is found by halving; the others are derived all the same.
+    pub fn derive(&mut self, index: usize, keys: Option<&[&Key]>) -> Result<Derived> {
+        let sql = self.tables[index].derive(keys.is_none());
+        if self.side() == Side::Second {
+            // Rules are evaluated on first; here rows are read as they are.
+            return Ok(Derived { rows: self.by_key(&sql, keys)?, refused: BTreeMap::new() });
+        }
+        self.session.savepoint()?;
+        let error = match self.by_key(&sql, keys) {
+            Ok(rows) => {
+                self.session.release()?;
+                return Ok(Derived { rows, refused: BTreeMap::new() });
+            }
+            Err(e) if e.is_rejected_row() => e,
+            Err(e) => return Err(e),
+        };
+        self.session.rollback_to()?;
+        let all;
+        let keys = match keys {
+            Some([key]) => {
+                let refused = BTreeMap::from([((*key).clone(), error.to_string())]);
+                return Ok(Derived { rows: BTreeMap::new(), refused });
+            }
+            Some(keys) => keys.to_vec(),
+            None => {
+                all = self.present(index, None)?;
+                all.iter().collect()
+            }
+        };
+        let (a, b) = keys.split_at(keys.len() / 2);
+        let (mut a, b) = (self.derive(index, Some(a))?, self.derive(index, Some(b))?);
+        a.rows.extend(b.rows);
+        a.refused.extend(b.refused);
+        Ok(a)
+    }
+
+    /// The keys of a chunk of the copy.
+    pub fn chunk_keys(&mut self, index: usize, after: Option<&str>, last: Option<&str>) -> Result<Vec<Key>> {
+        let sql = self.tables[index].chunk_keys();
+        Ok(self.session.query(&sql, &[after, last])?.into_iter().filter_map(|mut r| r.pop().flatten()).collect())
     }
 
     /// Rows as they stand here, as JSON, by key.
