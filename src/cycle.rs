@@ -9,8 +9,8 @@ pub mod plan;
 
 use std::time::Duration;
 
-use self::apply::{BATCH, batches, missing, settle, write_rows};
-use self::plan::{Contended, Plan};
+use self::apply::{BATCH, Contended, batches, missing, settle, write_rows};
+use self::plan::Plan;
 use crate::catalog::Migration;
 use crate::context::{Context, FirstStore, SecondStore};
 use crate::error::{Error, Result, Side};

@@ -11,6 +11,7 @@ mod conflict;
 mod context;
 mod copy;
 mod cycle;
+mod ending;
 mod error;
 mod fault;
 #[cfg_attr(test, allow(dead_code))]

@@ -11,13 +11,13 @@ use pgrx::pg_sys;
 use crate::catalog;
 use crate::context::Context;
 use crate::copy;
-use crate::cycle::plan::{Contended, Plan};
+use crate::cycle::apply::Contended;
+use crate::cycle::plan::Plan;
 use crate::cycle::{self, incoming};
 use crate::error::{Error, InTheWay, Result, Side};
 use crate::fault;
 use crate::lock::{self, Patience};
 use crate::settings;
-use crate::setup;
 use crate::state::{By, Phase, State};
 use crate::store::{Isolation, Key, Session, Watermark};
 use crate::views;
@@ -37,9 +37,9 @@ pub struct Order {
 
 /// What a move did to its clients.
 #[derive(Debug, Clone, Copy, Default)]
-struct Pause {
-    began: Option<Instant>,
-    drained: i64,
+pub struct Pause {
+    pub began: Option<Instant>,
+    pub drained: i64,
 }
 
 impl Pause {
@@ -172,7 +172,7 @@ pub fn show_waiting(ctx: &mut Context, text: Option<&str>) -> Result<()> {
 }
 
 /// Opens T1 and takes its locks: views, then (if first is to lose its writers) the tables.
-fn lock_first(
+pub fn lock_first(
     ctx: &mut Context,
     deadline: Instant,
     managed: bool,
@@ -398,21 +398,26 @@ fn open_second_fenced(ctx: &mut Context, order: &Order) -> Result<()> {
         }
     }
     fault::point("switch:second-committed")?;
-    let before = (ctx.migration.clone(), ctx.first_tables.clone());
-    loop {
-        let mut pause = Pause { began: Some(Instant::now()), drained: 0 };
+    in_attempts(ctx, order, |ctx| {
+        let pause = Pause { began: Some(Instant::now()), drained: 0 };
         let taken_over = ctx.migration.taken_over;
         let tables = (!taken_over).then_some(pg_sys::AccessExclusiveLock);
-        let moved = lock_first(ctx, order.patience.attempt(), false, true, tables).and_then(|()| {
-            fault::point("switch:locked")?;
-            if !taken_over {
-                views::take_over(ctx)?;
-            }
-            views::expose_second_shape(ctx)?;
-            pause.drained = 0;
-            commit_state(ctx, order, State::Both, Phase::Replicating, &pause)
-        });
-        let Err(e) = moved else { return fault::point("switch:first-committed") };
+        lock_first(ctx, order.patience.attempt(), false, true, tables)?;
+        fault::point("switch:locked")?;
+        if !taken_over {
+            views::take_over(ctx)?;
+        }
+        views::expose_second_shape(ctx)?;
+        commit_state(ctx, order, State::Both, Phase::Replicating, &pause)
+    })?;
+    fault::point("switch:first-committed")
+}
+
+/// Tries one transaction of the first store, which takes its own locks, until it works or the time is over.
+pub fn in_attempts(ctx: &mut Context, order: &Order, work: impl Fn(&mut Context) -> Result<()>) -> Result<()> {
+    let before = (ctx.migration.clone(), ctx.first_tables.clone());
+    loop {
+        let Err(e) = work(ctx) else { return Ok(()) };
         ctx.rollback_all();
         ctx.migration = before.0.clone();
         ctx.rename_first(before.1.iter().map(|(_, rel)| rel.clone()).collect());
@@ -425,12 +430,11 @@ fn open_second_fenced(ctx: &mut Context, order: &Order) -> Result<()> {
         }
         show_waiting(ctx, error.detail().as_deref())?;
         order.patience.pause();
-        ctx.connect()?;
     }
 }
 
 /// State, phase and history in T1, and its commit.
-fn commit_state(ctx: &mut Context, order: &Order, to: State, phase: Phase, pause: &Pause) -> Result<()> {
+pub fn commit_state(ctx: &mut Context, order: &Order, to: State, phase: Phase, pause: &Pause) -> Result<()> {
     let from = ctx.migration.state;
     ctx.migration.state = to;
     ctx.migration.phase = phase;
@@ -450,7 +454,7 @@ fn commit_state(ctx: &mut Context, order: &Order, to: State, phase: Phase, pause
     first.session.commit()
 }
 
-fn set_phase(ctx: &mut Context, phase: Phase) -> Result<()> {
+pub fn set_phase(ctx: &mut Context, phase: Phase) -> Result<()> {
     let before = ctx.migration.phase;
     ctx.migration.phase = phase;
     let Context { migration, first, .. } = ctx;
@@ -461,149 +465,4 @@ fn set_phase(ctx: &mut Context, phase: Phase) -> Result<()> {
         migration.phase = before;
     }
     result
-}
-
-/// Ends replication from `second`. What is on the second server is removed afterwards, by [`clean_up`].
-pub fn finish(ctx: &mut Context, order: &Order, drop_first: bool) -> Result<()> {
-    let from = ctx.migration.state;
-    if from == State::Finished {
-        return Ok(());
-    }
-    if !from.allows(State::Finished, By::Finish) {
-        return Err(Error::WrongState {
-            name: ctx.migration.name.clone(),
-            action: "be finished",
-            state: from,
-            hint: "A migration is finished from second: migration_set_state(name, 'second').",
-        });
-    }
-    if drop_first {
-        check_drop(ctx)?;
-    }
-    cycle::run(ctx, true)?;
-    bring_conflicts_home(ctx)?;
-    end(ctx, order, State::Finished, |ctx| {
-        setup::remove_first_locked(ctx)?;
-        if drop_first {
-            for (oid, rel) in ctx.first_tables.clone().iter().rev() {
-                keep_sequences(ctx, *oid)?;
-                ctx.first.session.batch(&format!("DROP TABLE {rel}"))?;
-            }
-        }
-        Ok(())
-    })?;
-    fault::point("finish:committed")
-}
-
-/// The managed views take new values from the tables' sequences; an identity's cannot outlive its table.
-fn check_drop(ctx: &Context) -> Result<()> {
-    match ctx.pairs.iter().find(|p| p.first.columns.iter().any(|c| c.identity.is_some())) {
-        None => Ok(()),
-        Some(pair) => Err(Error::BadArgument {
-            message: format!("table {} has an identity column, whose sequence the managed view uses", pair.first.rel),
-            hint: "Finish without drop_first; the table stays under its reserved name.".into(),
-        }),
-    }
-}
-
-/// Sequences of serial columns stay when their table goes.
-fn keep_sequences(ctx: &mut Context, table: u32) -> Result<()> {
-    let session = &mut ctx.first.session;
-    let owned = session.query(
-        "SELECT d.objid::regclass::text FROM pg_depend d JOIN pg_class c ON c.oid = d.objid AND c.relkind = 'S' \
-         WHERE d.classid = 'pg_class'::regclass AND d.refobjid = $1::text::oid AND d.deptype = 'a'",
-        &[Some(&table.to_string())],
-    )?;
-    for sequence in owned.iter().filter_map(|r| r[0].as_deref()) {
-        session.batch(&format!("ALTER SEQUENCE {sequence} OWNED BY NONE"))?;
-    }
-    Ok(())
-}
-
-/// Undoes everything from `copying` or `first`.
-pub fn cancel(ctx: &mut Context, order: &Order) -> Result<()> {
-    let from = ctx.migration.state;
-    if from == State::Cancelled {
-        return Ok(());
-    }
-    if !from.allows(State::Cancelled, By::Cancel) {
-        return Err(Error::WrongState {
-            name: ctx.migration.name.clone(),
-            action: "be cancelled",
-            state: from,
-            hint: "A migration is cancelled from copying or first: go back with migration_set_state first.",
-        });
-    }
-    end(ctx, order, State::Cancelled, |ctx| {
-        if ctx.migration.taken_over {
-            views::give_back(ctx)?;
-        }
-        views::drop_second_shape(ctx)?;
-        setup::remove_first_locked(ctx)
-    })?;
-    fault::point("cancel:committed")
-}
-
-/// One transaction here that ends the migration, under the locks of everything that it changes.
-fn end(ctx: &mut Context, order: &Order, to: State, work: impl Fn(&mut Context) -> Result<()>) -> Result<()> {
-    let before = (ctx.migration.clone(), ctx.first_tables.clone());
-    loop {
-        let pause = Pause { began: Some(Instant::now()), drained: 0 };
-        let second_shape = to == State::Cancelled;
-        let result = lock_first(ctx, order.patience.attempt(), true, second_shape, Some(pg_sys::AccessExclusiveLock))
-            .and_then(|()| work(ctx))
-            .and_then(|()| commit_state(ctx, order, to, Phase::Finishing, &pause));
-        let Err(e) = result else { return Ok(()) };
-        ctx.rollback_all();
-        ctx.migration = before.0.clone();
-        ctx.rename_first(before.1.iter().map(|(_, rel)| rel.clone()).collect());
-        if !e.is_contention() {
-            return Err(e);
-        }
-        let error = blocked(ctx, order, State::Second)?;
-        if order.patience.is_over() {
-            return Err(error);
-        }
-        show_waiting(ctx, error.detail().as_deref())?;
-        order.patience.pause();
-    }
-}
-
-/// Removes what an ended migration has on the second server. Repeated by the worker until it works.
-pub fn clean_up(ctx: &mut Context) -> Result<()> {
-    setup::remove_second(ctx, false)?;
-    set_phase(ctx, Phase::Done)
-}
-
-/// Brings the conflicts home that a switch towards `second` recorded on the second server. Repeatable: each has a number there.
-pub fn bring_conflicts_home(ctx: &mut Context) -> Result<()> {
-    let names: Vec<String> = ctx.pairs.iter().map(|p| p.first.rel.to_string()).collect();
-    let name = ctx.migration.name.clone();
-    let (first, second) = ctx.stores()?;
-    let table = second.objects.conflict();
-    let rows = second.session.query(
-        &format!("SELECT id, source, key::text, kept, first_image::text, second_image::text, at::text FROM {table} ORDER BY id"),
-        &[],
-    )?;
-    let Some(last) = rows.last().and_then(|r| r[0].clone()) else { return Ok(()) };
-    first.session.begin(Isolation::ReadCommitted, &[])?;
-    for r in &rows {
-        let source: usize = crate::store::parse(r[1].as_deref().unwrap_or(""))?;
-        let table_name = names.get(source).map_or("", String::as_str);
-        let inserted = first.session.admin_execute(
-            "INSERT INTO crossover.conflict (name, table_name, key, kind, kept, first_image, second_image, recorded_at, peer_id) \
-             VALUES ($1::text, $2::text, $3::text, 'conflict', $4::text, $5::text::jsonb, $6::text::jsonb, $7::text::timestamptz, $8::text::bigint) \
-             ON CONFLICT (name, peer_id) DO NOTHING",
-            &[
-                Some(&name), Some(table_name), r[2].as_deref(), r[3].as_deref(), r[4].as_deref(), r[5].as_deref(),
-                r[6].as_deref(), r[0].as_deref(),
-            ],
-        );
-        if let Err(e) = inserted {
-            first.session.rollback();
-            return Err(e);
-        }
-    }
-    first.session.commit()?;
-    second.session.execute(&format!("DELETE FROM {table} WHERE id <= $1::text::bigint"), &[Some(&last)]).map(drop)
 }

@@ -226,7 +226,12 @@ fn the_backend_that_waits_for_a_switch() {
             println!("{what}");
             let mut in_the_way = pair.first.connect_soon();
             let mut transaction = in_the_way.transaction().expect("a transaction");
-            transaction.execute("UPDATE trail SET trail = trail || '0.0.0;' WHERE id = 99", &[]).expect("an update");
+            // A switch to `first` takes writers from the second store only.
+            let write = match to {
+                "first" => "UPDATE path SET path = path || '0.0.0;' WHERE ident = 99",
+                _ => "UPDATE trail SET trail = trail || '0.0.0;' WHERE id = 99",
+            };
+            transaction.execute(write, &[]).expect("an update");
             let mut operator = pair.first.connect();
             let pid: i32 = operator.query_one("SELECT pg_backend_pid()", &[]).expect("a pid").get(0);
             thread::scope(|scope| {

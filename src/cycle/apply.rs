@@ -3,13 +3,38 @@
 use std::collections::BTreeMap;
 
 use super::Incoming;
-use super::plan::{Contended, Rows, Written};
 use crate::error::Result;
 use crate::fault;
 use crate::store::{Changes, Derived, Key, Owed, Session, Snapshot, Store};
 
 /// Rows written by one statement.
 pub const BATCH: usize = 1000;
+
+/// What to do with a row that a client holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Contended {
+    /// Leave it for the next cycle.
+    Skip,
+    /// Wait for it, as long as the lock timeout says.
+    Wait,
+}
+
+/// The rows of one table that one direction writes.
+#[derive(Debug, Default)]
+pub struct Rows {
+    pub upserts: BTreeMap<Key, String>,
+    pub deletes: Vec<Key>,
+    /// Rows for which a rule's expression failed: parked.
+    pub refused: BTreeMap<Key, String>,
+}
+
+/// What a store's part of a plan came to.
+pub struct Written {
+    pub rows: u64,
+    pub parked: usize,
+    /// A client was faster: roll back and write again; the keys have been added to those to skip.
+    pub looked_again: bool,
+}
 
 /// Applies one direction's rows: deletes (children first), then upserts (parents first); then looks again.
 pub fn apply<S: Session>(

@@ -1,32 +1,12 @@
 //! What a cycle in both directions is going to write: decided from one snapshot of each store, written to each in turn.
 
-use std::collections::BTreeMap;
-
 use super::Incoming;
-use super::apply::{apply, missing};
+use super::apply::{Contended, Rows, Written, apply, missing};
 use crate::conflict::{Decision, Scope, decide};
 use crate::context::{FirstStore, SecondStore};
 use crate::error::{Result, Side};
 use crate::mapping::rule::Pair;
 use crate::store::{Changes, Key, Session, Snapshot, Store};
-
-/// What to do with a row that a client holds.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Contended {
-    /// Leave it for the next cycle.
-    Skip,
-    /// Wait for it, as long as the lock timeout says.
-    Wait,
-}
-
-/// The rows of one table that one direction writes.
-#[derive(Debug, Default)]
-pub struct Rows {
-    pub upserts: BTreeMap<Key, String>,
-    pub deletes: Vec<Key>,
-    /// Rows for which a rule's expression failed: parked.
-    pub refused: BTreeMap<Key, String>,
-}
 
 struct ConflictRow {
     key: Key,
@@ -42,14 +22,6 @@ pub struct Plan {
     conflicts: Vec<Vec<ConflictRow>>,
     pub incoming_forward: Incoming,
     pub incoming_backward: Incoming,
-}
-
-/// What a store's part of a plan came to.
-pub struct Written {
-    pub rows: u64,
-    pub parked: usize,
-    /// A client was faster: roll back and write again; the keys have been added to those to skip.
-    pub looked_again: bool,
 }
 
 impl Plan {

@@ -12,6 +12,7 @@ use super::{Assignment, Handle, assignment, connect, exit, my_database, reload_c
 use crate::context::Context;
 use crate::copy;
 use crate::cycle::{self, Outcome};
+use crate::ending;
 use crate::error::{Error, Result};
 use crate::lock::{Patience, wait_latch};
 use crate::settings;
@@ -180,7 +181,7 @@ impl Worker {
             }
             Phase::Done => return Ok(Next::Stop),
             Phase::Finishing => {
-                switch::clean_up(&mut self.ctx)?;
+                ending::clean_up(&mut self.ctx)?;
                 return Ok(Next::Stop);
             }
             _ => {}
@@ -319,11 +320,11 @@ impl Worker {
                 Ok(())
             }
             "finish" => {
-                switch::finish(&mut self.ctx, order, arguments["drop_first"].as_bool().unwrap_or(false))?;
+                ending::finish(&mut self.ctx, order, arguments["drop_first"].as_bool().unwrap_or(false))?;
                 self.clean_up(order)
             }
             "cancel" => {
-                switch::cancel(&mut self.ctx, order)?;
+                ending::cancel(&mut self.ctx, order)?;
                 while !self.copiers.is_empty() {
                     wait_latch(Duration::from_millis(10));
                     self.copiers.retain(|c| !c.has_stopped());
@@ -350,7 +351,7 @@ impl Worker {
     /// The second server's part of finish and cancel, as long as the caller waits; the loop goes on with it.
     fn clean_up(&mut self, order: &Order) -> Result<()> {
         loop {
-            match switch::clean_up(&mut self.ctx) {
+            match ending::clean_up(&mut self.ctx) {
                 Err(e) if !order.patience.is_over() && (e.is_contention() || is_transient(&e)) => {
                     self.ctx.rollback_all();
                     order.patience.pause();
@@ -497,7 +498,7 @@ impl Worker {
             &[Some(&id), Some(&rows), since.as_deref(), Some(&bytes.to_string()), Some(&parked)],
         )?;
         if self.ctx.second.is_some() && self.ctx.migration.state != State::Copying {
-            switch::bring_conflicts_home(&mut self.ctx)?;
+            ending::bring_conflicts_home(&mut self.ctx)?;
         }
         if outcome.parked > 0 || self.had_error || self.parked_listed() {
             self.list_parked()?;
