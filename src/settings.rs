@@ -30,7 +30,7 @@ pub fn register() {
         c"crossover.lock_attempt",
         c"Longest time that one attempt of a switch to lock writers out may take.",
         c"A switch tries again and again until its timeout, with pauses four times as long in between, so that clients are held up for a fifth of the time at most. In milliseconds.",
-        &LOCK_ATTEMPT, 10, 10_000, GucContext::Suset, ms,
+        &LOCK_ATTEMPT, 10, 10_000, GucContext::Sighup, ms,
     );
     GucRegistry::define_int_guc(
         c"crossover.max_pause",
@@ -39,7 +39,7 @@ pub fn register() {
         &MAX_PAUSE,
         100,
         600_000,
-        GucContext::Suset,
+        GucContext::Sighup,
         ms,
     );
     GucRegistry::define_int_guc(
@@ -55,7 +55,7 @@ pub fn register() {
         &LOG_ROTATION,
         1,
         86_400,
-        GucContext::Suset,
+        GucContext::Sighup,
         seconds,
     );
     GucRegistry::define_int_guc(
