@@ -156,6 +156,7 @@ fn first_table(
     }
     let dependents = session.query(
         "SELECT DISTINCT r.ev_class::regclass::text FROM pg_depend d JOIN pg_rewrite r ON r.oid = d.objid \
+         JOIN pg_class v ON v.oid = r.ev_class AND v.relnamespace <> to_regnamespace('crossover') \
          WHERE d.classid = 'pg_rewrite'::regclass AND d.refclassid = 'pg_class'::regclass AND d.refobjid = $1::text::oid AND r.ev_class <> d.refobjid",
         &[Some(&oid)],
     )?;

@@ -24,6 +24,8 @@ pub struct Context {
     remote: Vec<Table>,
     /// Second tables that a lock attempt waited for in vain, the last one first.
     pub stubborn_second: Vec<usize>,
+    /// Set-up has begun to install: its undoing has something to remove.
+    pub installing: bool,
 }
 
 pub type FirstStore = Store<LocalSession>;
@@ -50,6 +52,7 @@ impl Context {
             second: None,
             remote: Vec::new(),
             stubborn_second: Vec::new(),
+            installing: false,
         }))
     }
 

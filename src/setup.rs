@@ -25,6 +25,7 @@ use crate::views;
 /// The caller removes what was installed.
 pub fn run(ctx: &mut Context, patience: Patience, who: &str, caller_pid: i32) -> Result<()> {
     check_all(ctx)?;
+    ctx.installing = true;
     remove_second(ctx, true)?;
     remove_first(ctx)?;
     install_second(ctx)?;

@@ -2,12 +2,15 @@
 //!
 //! The request travels in a dynamic shared memory segment; the answer is a row of `crossover.request`.
 
+use std::time::{Duration, Instant};
+
 use pgrx::pg_sys;
 use pgrx::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use super::{assignment, connect, exit, my_database, start_migration};
 use crate::error::{Error, Result};
+use crate::lock::wait_latch;
 use crate::store::local::{LocalSession, catch};
 use crate::store::{Isolation, Session, parse};
 
@@ -41,6 +44,8 @@ pub enum Reply {
 
 /// Bytes at the start of a segment: the length of the request, then of the reply.
 const HEADER: usize = 16;
+/// A start that has failed gives its name up within this time.
+const UNDONE_WITHIN: Duration = Duration::from_secs(8);
 /// Room for a reply.
 const REPLY: usize = 16 * 1024;
 
@@ -146,6 +151,20 @@ pub extern "C-unwind" fn crossover_clerk_main(_arg: pg_sys::Datum) {
 
 fn file(request: &Request) -> Result<i64> {
     let mut session = LocalSession::new()?;
+    let until = Instant::now() + UNDONE_WITHIN;
+    loop {
+        session.begin(Isolation::ReadCommitted, &[])?;
+        let undoing = session.query(
+            "SELECT FROM crossover.migration m JOIN crossover.request r ON r.migration_id = m.id \
+             WHERE m.name = $1::text AND m.phase = 'setting up' AND r.kind = 'start' AND r.status = 'failed'",
+            &[Some(&request.name)],
+        );
+        session.rollback();
+        if undoing?.is_empty() || Instant::now() >= until {
+            break;
+        }
+        wait_latch(Duration::from_millis(10));
+    }
     session.begin(Isolation::ReadCommitted, &[])?;
     let filed = file_in(&mut session, request);
     match filed {

@@ -176,7 +176,7 @@ impl Worker {
         match phase {
             Phase::SettingUp => {
                 // Nobody waits for this start any more: undo what it has done.
-                self.undo_start()?;
+                self.undo_start(true)?;
                 return Ok(Next::Stop);
             }
             Phase::Done => return Ok(Next::Stop),
@@ -281,12 +281,15 @@ impl Worker {
             let result = self.carry_out(&field(1), &arguments, &order);
             self.ctx.rollback_all();
             switch::show_waiting(&mut self.ctx, None)?;
+            if matches!(result, Err(Error::Parked { .. })) {
+                self.list_parked()?;
+            }
             let started = field(1) == "start";
             if started && result.is_err() {
                 // The answer first: the request goes with the migration.
                 self.answer(&field(0), &result)?;
                 self.await_reader(&field(0));
-                self.undo_start()?;
+                self.undo_start(false)?;
                 return Ok(Some(Next::Stop));
             }
             self.answer(&field(0), &result)?;
@@ -379,6 +382,7 @@ impl Worker {
         let outcome = cycle::run(&mut self.ctx, true)?;
         self.figures(&outcome)?;
         if outcome.parked > 0 {
+            self.list_parked()?;
             return Ok(Some(Err(Error::Parked {
                 name: self.ctx.migration.name.clone(),
                 count: outcome.parked as i64,
@@ -408,7 +412,7 @@ impl Worker {
         while Instant::now() < until {
             let taken = self.ctx.first.session.read(
                 "SELECT NOT EXISTS (SELECT FROM crossover.request r JOIN pg_stat_activity a ON a.pid = r.caller_pid WHERE r.id = $1::text::bigint \
-                    AND a.wait_event = 'Extension')",
+                    AND a.wait_event = 'Extension' AND a.query_start <= r.created_at)",
                 &[Some(request)],
             );
             if taken.is_ok_and(|r| r[0][0].as_deref() == Some("t")) {
@@ -419,15 +423,15 @@ impl Worker {
     }
 
     /// Removes what a failed start has installed, and the migration.
-    fn undo_start(&mut self) -> Result<()> {
+    fn undo_start(&mut self, after_restart: bool) -> Result<()> {
         self.ctx.rollback_all();
         self.ctx.migration.phase = Phase::SettingUp;
-        if self.ctx.pairs.is_empty() {
-            // After a restart: what was to be installed is described again.
+        if after_restart {
+            // What was to be installed is described again.
             setup::describe(&mut self.ctx)?;
         }
-        setup::remove_first(&mut self.ctx)?;
-        if !self.ctx.pairs.is_empty() {
+        if after_restart || self.ctx.installing {
+            setup::remove_first(&mut self.ctx)?;
             setup::remove_second(&mut self.ctx, false)?;
         }
         let id = self.id();
