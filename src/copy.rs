@@ -150,14 +150,22 @@ fn copy(ctx: &mut Context, chunk: &Chunk) -> Result<u64> {
     second.begin_write()?;
     second.session.armed().copy_in(&copy_in)?;
     let mut buffer = Vec::with_capacity(BUFFER + 4096);
-    let rows = first.session.stream(&query, &[chunk.after.as_deref(), chunk.last.as_deref()], FETCH, |row| {
+    let streamed = first.session.stream(&query, &[chunk.after.as_deref(), chunk.last.as_deref()], FETCH, |row| {
         copy_line(&mut buffer, row.iter().copied());
         if buffer.len() >= BUFFER {
             second.session.armed().copy_data(&buffer)?;
             buffer.clear();
         }
         Ok(())
-    })?;
+    });
+    let rows = match streamed {
+        Ok(rows) => rows,
+        Err(e) => {
+            // The COPY ends before its transaction can be rolled back; what the server says of it adds nothing.
+            let _ = second.session.armed().copy_end(Some("rolled back"));
+            return Err(e);
+        }
+    };
     second.session.armed().copy_data(&buffer)?;
     second.session.armed().copy_end(None)?;
     first.end_read()?;

@@ -16,7 +16,6 @@ pub extern "C-unwind" fn crossover_copy_main(_arg: pg_sys::Datum) {
     connect(assignment);
     let result = run(assignment.number as i32);
     if let Err(e) = result {
-        // The migration's worker shows what it meets itself; this goes to the server log.
         crate::error::raise(PgLogLevel::WARNING, &e);
         exit(1);
     }
@@ -29,5 +28,11 @@ fn run(id: i32) -> Result<()> {
     ctx.load_tables()?;
     let result = copy::work(&mut ctx);
     ctx.rollback_all();
+    if let Err(e) = &result {
+        ctx.first.session.write(
+            "UPDATE crossover.activity SET last_error = $2::text, last_error_at = clock_timestamp(), retries = retries + 1 WHERE migration_id = $1::text::int",
+            &[Some(&id.to_string()), Some(&e.to_string())],
+        )?;
+    }
     result
 }
