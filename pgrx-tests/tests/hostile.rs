@@ -189,3 +189,26 @@ fn a_key_has_one_form() {
     assert_eq!(sqlstate(&error), "22023");
     assert!(explain(&error).contains("no fixed scale"), "{}", explain(&error));
 }
+
+#[test]
+fn a_conflict_over_a_value_that_jsonb_does_not_take_keeps_both_images() {
+    let pair = Pair::new();
+    pair.first.sql("CREATE TABLE doc (id integer PRIMARY KEY, d json); INSERT INTO doc VALUES (1, '{}')");
+    pair.second_store("docs", "CREATE TABLE doc (id integer PRIMARY KEY, d json)");
+    let mapping = json!({"tables": [{"first": "public.doc", "second": "docs.doc", "second_view": "public.new_doc"}]});
+    let migration = Migration::start(&pair, "docs", &mapping);
+    migration.until_state("first");
+    migration.set_state("both");
+    migration.call("pause");
+    pair.first.sql(r#"UPDATE doc SET d = '{"first": "\u0000"}'"#);
+    pair.first.sql(r#"UPDATE new_doc SET d = '{"second": "\u0000"}'"#);
+    migration.call("resume");
+    migration.settle();
+    let conflicts = migration.conflicts();
+    let images: String = conflicts.iter().map(Value::to_string).collect();
+    assert!(images.contains("first") && images.contains("second"), "{images}");
+    let stored = (pair.first.text("SELECT d FROM doc__first"), pair.second.text("SELECT d FROM docs.doc"));
+    assert_eq!(stored.0, stored.1);
+    migration.walk(&["first"]);
+    migration.cancel();
+}

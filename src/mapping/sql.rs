@@ -236,10 +236,10 @@ impl StoreTable {
         format!("SELECT {}, ARRAY[{}]::text {from}", key_text("d", &self.read_key), columns.join(", "))
     }
 
-    /// Rows as they stand here, as JSON: `(key, image)` of the keys in `$1`.
-    pub fn images(&self) -> String {
+    /// Rows as they stand here: `(key, image)` of the keys in `$1`; `image` is a jsonb expression over the row `t`.
+    pub fn images(&self, image: &str) -> String {
         let (from, _) = self.keyed(&self.rel, "t", &self.key, false);
-        format!("SELECT {}, to_jsonb(t)::text {from}", key_text("t", &self.key))
+        format!("SELECT {}, {image}::text {from}", key_text("t", &self.key))
     }
 
     /// The keys among `$1` (or all) that are there.

@@ -339,7 +339,16 @@ impl<S: Session> Store<S> {
         if keys.is_empty() {
             return Ok(BTreeMap::new());
         }
-        self.by_key(&self.tables[index].images(), Some(keys))
+        self.session.savepoint()?;
+        match self.by_key(&self.tables[index].images("to_jsonb(t)"), Some(keys)) {
+            Ok(images) => self.session.release().map(|()| images),
+            // jsonb does not take every value (a NUL in json): then the row's text is the image.
+            Err(e) if e.is_rejected_row() => {
+                self.session.rollback_to()?;
+                self.by_key(&self.tables[index].images("to_jsonb(t::text)"), Some(keys))
+            }
+            Err(e) => Err(e),
+        }
     }
 
     fn by_key(&mut self, sql: &str, keys: Option<&[&Key]>) -> Result<BTreeMap<Key, String>> {
