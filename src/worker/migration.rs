@@ -28,6 +28,8 @@ const MAX_BACKOFF: Duration = Duration::from_secs(5);
 const PARKED_EVERY: Duration = Duration::from_secs(5);
 const ROTATE_EVERY: Duration = Duration::from_secs(10);
 const FIGURES_EVERY: Duration = Duration::from_millis(500);
+/// The pause before a copy worker that has ended is replaced.
+const COPIER_EVERY: Duration = Duration::from_millis(500);
 /// Scopes in a catching-up cycle below which the copy counts as caught up.
 const CAUGHT_UP: usize = 1000;
 
@@ -71,6 +73,8 @@ fn claim(id: i32) -> Result<bool> {
 struct Worker {
     ctx: Context,
     copiers: Vec<Handle>,
+    /// When copy workers may be started again.
+    copiers_at: Instant,
     failures: u32,
     retry_at: Option<Instant>,
     parked_at: Instant,
@@ -98,6 +102,7 @@ fn run(assignment: Assignment) -> Result<()> {
     let mut worker = Worker {
         ctx,
         copiers: Vec::new(),
+        copiers_at: now,
         failures: 0,
         retry_at: None,
         parked_at: now,
@@ -221,14 +226,20 @@ impl Worker {
         self.ctx.connect()?;
         self.ctx.stores()?.1.session.set_patience(cycle::STALL);
         setup::ensure_watermark(&mut self.ctx)?;
+        let running = self.copiers.len();
         self.copiers.retain(|c| !c.has_stopped());
+        if self.copiers.len() < running {
+            // It found nothing left to do, or met an error: no need to hurry.
+            self.copiers_at = Instant::now() + COPIER_EVERY;
+        }
         if self.copiers.is_empty() && copy::is_complete(&mut self.ctx)? {
             copy::complete(&mut self.ctx)?;
             return Ok(Next::Again);
         }
         // SAFETY: the role's oid is this process's session user.
         let owner = unsafe { pg_sys::GetSessionUserId() };
-        while self.copiers.len() < self.ctx.migration.options.copy_workers as usize {
+        while self.copiers_at <= Instant::now() && self.copiers.len() < self.ctx.migration.options.copy_workers as usize
+        {
             match start_copy(my_database(), owner, self.ctx.migration.id) {
                 Ok(handle) => self.copiers.push(handle),
                 // Fewer workers than wished for will do; none is an error.
