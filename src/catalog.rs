@@ -3,6 +3,7 @@
 //! Reads and writes single rows in the caller's transaction; takes no locks of its own.
 
 use crate::error::{Error, Result};
+use crate::mapping::constraint::{Constraints, Reference, Unique};
 use crate::mapping::ident::{Ident, RelName};
 use crate::mapping::model::Options;
 use crate::mapping::table::{Column, Table};
@@ -177,6 +178,78 @@ pub fn is_key<S: Session>(session: &mut S, oid: u32, columns: &[Ident]) -> Resul
         &[Some(&oid.to_string()), Some(&names)],
     )?;
     Ok(rows.first().and_then(|r| r[0].as_deref()) != Some("0"))
+}
+
+/// The unique indexes of `table` beside its key's.
+pub fn uniques<S: Session>(session: &mut S, oid: u32, key: &[Ident]) -> Result<Vec<Unique>> {
+    let rows = session.query(
+        "SELECT i.indexrelid::int8, pg_get_indexdef(i.indexrelid, n, true), pg_get_expr(i.indpred, i.indrelid), i.indnullsnotdistinct, NOT i.indimmediate \
+         FROM pg_index i, generate_series(1, i.indnkeyatts) AS n WHERE i.indrelid = $1::text::oid AND i.indisunique AND i.indisvalid ORDER BY 1, n",
+        &[Some(&oid.to_string())],
+    )?;
+    let mut found: Vec<(String, Unique)> = Vec::new();
+    for row in rows {
+        let field = |i: usize| row[i].clone().unwrap_or_default();
+        match found.last_mut() {
+            Some((index, unique)) if *index == field(0) => unique.expressions.push(field(1)),
+            _ => found.push((
+                field(0),
+                Unique {
+                    expressions: vec![field(1)],
+                    predicate: row[2].clone(),
+                    nulls_not_distinct: field(3) == "t",
+                    deferrable: field(4) == "t",
+                },
+            )),
+        }
+    }
+    Ok(found.into_iter().map(|(_, unique)| unique).filter(|u| !u.is_over(key)).collect())
+}
+
+/// The foreign keys from and to the tables with these oids, which are in the mapping's order.
+pub fn references<S: Session>(session: &mut S, oids: &[u32]) -> Result<Vec<Reference>> {
+    let rows = session.query(
+        "SELECT c.oid::int8, c.conname::text, c.conrelid::int8, c.confrelid::int8, cn.nspname::text, cr.relname::text, pn.nspname::text, pr.relname::text, \
+                ca.attname::text, pa.attname::text \
+           FROM pg_constraint c JOIN pg_class cr ON cr.oid = c.conrelid JOIN pg_namespace cn ON cn.oid = cr.relnamespace \
+           JOIN pg_class pr ON pr.oid = c.confrelid JOIN pg_namespace pn ON pn.oid = pr.relnamespace, \
+                unnest(c.conkey, c.confkey) WITH ORDINALITY AS k(child, parent, n), pg_attribute ca, pg_attribute pa \
+          WHERE c.contype = 'f' AND c.conparentid = 0 AND (c.conrelid = ANY ($1::text::oid[]) OR c.confrelid = ANY ($1::text::oid[])) \
+            AND ca.attrelid = c.conrelid AND ca.attnum = k.child AND pa.attrelid = c.confrelid AND pa.attnum = k.parent ORDER BY 1, k.n",
+        &[Some(&array_literal(oids.iter().map(u32::to_string)))],
+    )?;
+    let mut found: Vec<(String, Reference)> = Vec::new();
+    for row in rows {
+        let field = |i: usize| row[i].as_deref().unwrap_or("");
+        let column = (Ident::new(field(8)), Ident::new(field(9)));
+        let place = |i: usize| -> Result<Option<usize>> {
+            let oid: u32 = parse(field(i))?;
+            Ok(oids.iter().position(|o| *o == oid))
+        };
+        match found.last_mut() {
+            Some((oid, reference)) if oid == field(0) => reference.columns.push(column),
+            _ => found.push((
+                field(0).to_string(),
+                Reference {
+                    name: field(1).to_string(),
+                    child: RelName::new(field(4), field(5)),
+                    parent: RelName::new(field(6), field(7)),
+                    child_index: place(2)?,
+                    parent_index: place(3)?,
+                    columns: vec![column],
+                    mirrored: false,
+                },
+            )),
+        }
+    }
+    Ok(found.into_iter().map(|(_, reference)| reference).collect())
+}
+
+/// All constraints of a store's tables, given by oid and key in the mapping's order.
+pub fn constraints<S: Session>(session: &mut S, tables: &[(u32, Vec<Ident>)]) -> Result<Constraints> {
+    let uniques = tables.iter().map(|(oid, key)| uniques(session, *oid, key)).collect::<Result<_>>()?;
+    let oids: Vec<u32> = tables.iter().map(|(oid, _)| *oid).collect();
+    Ok(Constraints { uniques, references: references(session, &oids)? })
 }
 
 /// The options by which `owner` reaches a foreign server: the server's, then the user mapping's.

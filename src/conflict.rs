@@ -1,10 +1,12 @@
 //! Which changes of the two stores conflict, and which side wins. Pure.
 //!
-//! One to one, the unit of decision is the row; a whole-table scope overlaps every row of its table.
+//! One to one, the unit of decision is the row. Rows that cannot stand beside each other (one unique value twice, a child
+//! without its parent) are linked and decided together; a whole-table scope overlaps every row of its table.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use crate::error::Side;
+use crate::mapping::model::Policy;
 use crate::store::{Changes, Key, Micros};
 
 /// The rows that one direction writes.
@@ -22,6 +24,18 @@ impl Scope {
     fn none() -> Scope {
         Scope::Keys(BTreeSet::new())
     }
+
+    pub fn insert(&mut self, key: Key) {
+        if let Scope::Keys(keys) = self {
+            keys.insert(key);
+        }
+    }
+
+    fn remove(&mut self, key: &Key) {
+        if let Scope::Keys(keys) = self {
+            keys.remove(key);
+        }
+    }
 }
 
 /// What one table's cycle does.
@@ -29,62 +43,114 @@ impl Scope {
 pub struct Decision {
     pub forward: Scope,
     pub backward: Scope,
-    /// Keys changed on both stores; the winner is the same for a row in `forward` (first) or `backward` (second).
-    pub conflicts: Vec<(Key, Side)>,
+    /// Keys changed on both stores, or linked to such; the winner is the same for a row in `forward` (first) or `backward` (second).
+    pub conflicts: BTreeMap<Key, Side>,
 }
 
-/// Policy `latest`: the change that its own server's clock puts later; first, when both say the same.
-fn winner(first: Micros, second: Micros) -> Side {
-    if second > first { Side::Second } else { Side::First }
-}
-
-/// Decides for one table: `first` is what changed there since second's watermark of it, `second` the reverse.
-pub fn decide(first: &Changes, second: &Changes) -> Decision {
-    if first.whole.is_some() || second.whole.is_some() {
-        return decide_whole(first, second);
+impl Decision {
+    fn none() -> Decision {
+        Decision { forward: Scope::none(), backward: Scope::none(), conflicts: BTreeMap::new() }
     }
-    let mut decision = Decision { forward: Scope::none(), backward: Scope::none(), conflicts: Vec::new() };
-    let mut forward = BTreeSet::new();
-    let mut backward = BTreeSet::new();
-    for (key, at) in &first.keys {
-        match second.keys.get(key) {
-            None => {
-                forward.insert(key.clone());
-            }
-            Some(other) => {
-                let side = winner(*at, *other);
-                match side {
-                    Side::First => forward.insert(key.clone()),
-                    Side::Second => backward.insert(key.clone()),
-                };
-                decision.conflicts.push((key.clone(), side));
-            }
+
+    fn is_whole(&self) -> Option<Side> {
+        match (&self.forward, &self.backward) {
+            (Scope::Whole, _) => Some(Side::First),
+            (_, Scope::Whole) => Some(Side::Second),
+            _ => None,
         }
     }
-    backward.extend(second.keys.keys().filter(|k| !first.keys.contains_key(*k)).cloned());
-    decision.forward = Scope::Keys(forward);
-    decision.backward = Scope::Keys(backward);
+
+    /// `side`'s row stands.
+    fn give(&mut self, key: &Key, side: Side) {
+        if self.is_whole().is_some_and(|whole| whole != side) {
+            std::mem::swap(&mut self.forward, &mut self.backward);
+            self.conflicts.values_mut().for_each(|winner| *winner = side);
+        }
+        let (to, from) = match side {
+            Side::First => (&mut self.forward, &mut self.backward),
+            Side::Second => (&mut self.backward, &mut self.forward),
+        };
+        from.remove(key);
+        to.insert(key.clone());
+        self.conflicts.insert(key.clone(), side);
+    }
+}
+
+/// A row: the place of its table in the mapping, and its key.
+pub type Node = (usize, Key);
+
+fn winner(policy: Policy, first: Option<Micros>, second: Option<Micros>) -> Side {
+    match (policy, first, second) {
+        (_, None, Some(_)) => Side::Second,
+        (_, _, None) => Side::First,
+        (Policy::Latest, Some(first), Some(second)) if second > first => Side::Second,
+        (Policy::Latest | Policy::First, ..) => Side::First,
+        (Policy::Second, ..) => Side::Second,
+    }
+}
+
+/// Decides for all tables: `first` is what changed there since second's watermark of it, `second` the reverse. `links` join
+/// rows that cannot be decided apart.
+pub fn decide(policy: Policy, first: &[Changes], second: &[Changes], links: &BTreeSet<(Node, Node)>) -> Vec<Decision> {
+    let mut decisions: Vec<Decision> = first.iter().zip(second).map(|(a, b)| decide_table(policy, a, b)).collect();
+    for component in components(links) {
+        let latest = |changes: &[Changes]| {
+            component
+                .iter()
+                .filter_map(|(table, key)| changes[*table].keys.get(key).copied().max(changes[*table].whole))
+                .max()
+        };
+        let side = winner(policy, latest(first), latest(second));
+        for (table, key) in &component {
+            decisions[*table].give(key, side);
+        }
+    }
+    decisions
+}
+
+/// The connected components of `links`.
+fn components(links: &BTreeSet<(Node, Node)>) -> Vec<BTreeSet<Node>> {
+    let mut found: Vec<BTreeSet<Node>> = Vec::new();
+    for (a, b) in links {
+        let (mut joined, apart): (Vec<_>, Vec<_>) = found.into_iter().partition(|c| c.contains(a) || c.contains(b));
+        let mut component: BTreeSet<Node> = joined.drain(..).flatten().collect();
+        component.extend([a.clone(), b.clone()]);
+        found = apart;
+        found.push(component);
+    }
+    found
+}
+
+fn decide_table(policy: Policy, first: &Changes, second: &Changes) -> Decision {
+    if first.whole.is_some() || second.whole.is_some() {
+        return decide_whole(policy, first, second);
+    }
+    let mut decision = Decision::none();
+    for (key, at) in &first.keys {
+        match second.keys.get(key) {
+            None => decision.forward.insert(key.clone()),
+            Some(other) => decision.give(key, winner(policy, Some(*at), Some(*other))),
+        }
+    }
+    for key in second.keys.keys().filter(|k| !first.keys.contains_key(*k)) {
+        decision.backward.insert(key.clone());
+    }
     decision
 }
 
 /// All changes of the table are one component: one side's whole table stands.
-fn decide_whole(first: &Changes, second: &Changes) -> Decision {
-    let latest = |c: &Changes| c.keys.values().copied().chain(c.whole).max().unwrap_or(Micros::MIN);
-    let side = match (first.is_empty(), second.is_empty()) {
-        (false, true) => Side::First,
-        (true, false) => Side::Second,
-        _ => winner(latest(first), latest(second)),
-    };
-    let conflicts = if first.is_empty() || second.is_empty() {
-        Vec::new()
-    } else {
-        let keys: BTreeSet<&Key> = first.keys.keys().chain(second.keys.keys()).collect();
-        keys.into_iter().map(|k| (k.clone(), side)).collect()
-    };
+fn decide_whole(policy: Policy, first: &Changes, second: &Changes) -> Decision {
+    let latest = |c: &Changes| c.keys.values().copied().chain(c.whole).max();
+    let side = winner(policy, latest(first), latest(second));
+    let mut decision = Decision::none();
     match side {
-        Side::First => Decision { forward: Scope::Whole, backward: Scope::none(), conflicts },
-        Side::Second => Decision { forward: Scope::none(), backward: Scope::Whole, conflicts },
+        Side::First => decision.forward = Scope::Whole,
+        Side::Second => decision.backward = Scope::Whole,
     }
+    if !first.is_empty() && !second.is_empty() {
+        decision.conflicts = first.keys.keys().chain(second.keys.keys()).map(|k| (k.clone(), side)).collect();
+    }
+    decision
 }
 
 #[cfg(test)]
@@ -96,24 +162,60 @@ mod tests {
         Changes { keys: keys.iter().map(|(k, at)| (k.to_string(), *at)).collect(), whole: None, log_rows: 0 }
     }
 
+    fn keys(names: &[&str]) -> Scope {
+        Scope::Keys(names.iter().map(|k| k.to_string()).collect())
+    }
+
+    fn one(policy: Policy, first: &Changes, second: &Changes) -> Decision {
+        decide(policy, std::slice::from_ref(first), std::slice::from_ref(second), &BTreeSet::new()).remove(0)
+    }
+
+    fn node(table: usize, key: &str) -> Node {
+        (table, key.to_string())
+    }
+
     #[test]
     fn the_later_change_wins() {
-        let d =
-            decide(&changes(&[("{1}", 5), ("{2}", 9), ("{3}", 1)]), &changes(&[("{1}", 6), ("{2}", 8), ("{4}", 1)]));
-        assert_eq!(d.conflicts, [("{1}".to_string(), Side::Second), ("{2}".to_string(), Side::First)]);
-        assert_eq!(d.forward, Scope::Keys(["{2}", "{3}"].map(String::from).into()));
-        assert_eq!(d.backward, Scope::Keys(["{1}", "{4}"].map(String::from).into()));
+        let (a, b) = (changes(&[("{1}", 5), ("{2}", 9), ("{3}", 1)]), changes(&[("{1}", 6), ("{2}", 8), ("{4}", 1)]));
+        let d = one(Policy::Latest, &a, &b);
+        assert_eq!(d.conflicts, [("{1}".to_string(), Side::Second), ("{2}".to_string(), Side::First)].into());
+        assert_eq!(d.forward, keys(&["{2}", "{3}"]));
+        assert_eq!(d.backward, keys(&["{1}", "{4}"]));
+    }
+
+    #[test]
+    fn a_policy_may_name_the_winner() {
+        let (a, b) = (changes(&[("{1}", 5), ("{3}", 1)]), changes(&[("{1}", 6), ("{4}", 1)]));
+        assert_eq!(one(Policy::First, &a, &b).forward, keys(&["{1}", "{3}"]));
+        assert_eq!(one(Policy::Second, &b, &a).forward, keys(&["{4}"]));
     }
 
     #[test]
     fn a_whole_table_overlaps_every_row() {
         let first = Changes { whole: Some(10), ..Changes::default() };
-        let d = decide(&first, &Changes::default());
+        let d = one(Policy::Latest, &first, &Changes::default());
         assert_eq!((d.forward, d.conflicts.len()), (Scope::Whole, 0));
-        let d = decide(&first, &changes(&[("{1}", 11)]));
+        let d = one(Policy::Latest, &first, &changes(&[("{1}", 11)]));
         assert_eq!((d.backward, d.conflicts.len()), (Scope::Whole, 1));
-        let d = decide(&first, &changes(&[("{1}", 9)]));
+        let d = one(Policy::Latest, &first, &changes(&[("{1}", 9)]));
         assert_eq!((d.forward, d.conflicts.len()), (Scope::Whole, 1));
+        let d = one(Policy::Second, &first, &changes(&[("{1}", 9)]));
+        assert_eq!((d.backward, d.conflicts.len()), (Scope::Whole, 1));
+    }
+
+    #[test]
+    fn linked_rows_go_one_way() {
+        // First deletes the parent {1} of table 0; second inserts a child {7} of table 1, and a grandchild {8} of it.
+        let first = [changes(&[("{1}", 5)]), changes(&[])];
+        let second = [changes(&[("{2}", 5)]), changes(&[("{7}", 6), ("{8}", 7)])];
+        let links = [(node(0, "{1}"), node(1, "{7}")), (node(1, "{7}"), node(1, "{8}"))].into();
+        let d = decide(Policy::Latest, &first, &second, &links);
+        assert_eq!((&d[0].forward, &d[0].backward), (&keys(&[]), &keys(&["{1}", "{2}"])));
+        assert_eq!((&d[1].forward, &d[1].backward), (&keys(&[]), &keys(&["{7}", "{8}"])));
+        let d = decide(Policy::First, &first, &second, &links);
+        assert_eq!((&d[0].forward, &d[0].backward), (&keys(&["{1}"]), &keys(&["{2}"])));
+        assert_eq!((&d[1].forward, &d[1].backward), (&keys(&["{7}", "{8}"]), &keys(&[])));
+        assert_eq!(d[1].conflicts.len(), 2);
     }
 
     proptest! {
@@ -122,11 +224,31 @@ mod tests {
         fn each_key_goes_one_way(a in prop::collection::btree_map("[a-e]", 0i64..9, 0..5), b in prop::collection::btree_map("[a-e]", 0i64..9, 0..5)) {
             let first = Changes { keys: a.clone(), whole: None, log_rows: 0 };
             let second = Changes { keys: b.clone(), whole: None, log_rows: 0 };
-            let d = decide(&first, &second);
+            for policy in [Policy::Latest, Policy::First, Policy::Second] {
+                let d = one(policy, &first, &second);
+                let (Scope::Keys(f), Scope::Keys(w)) = (&d.forward, &d.backward) else { panic!("whole") };
+                for key in a.keys().chain(b.keys()) {
+                    prop_assert!(f.contains(key) != w.contains(key));
+                    prop_assert_eq!(d.conflicts.contains_key(key), a.contains_key(key) && b.contains_key(key));
+                }
+            }
+        }
+
+        /// Linked rows share their winner, whatever the changes.
+        #[test]
+        fn components_have_one_winner(
+            a in prop::collection::btree_map("[a-e]", 0i64..9, 1..5), b in prop::collection::btree_map("[a-e]", 0i64..9, 1..5),
+            pairs in prop::collection::vec(("[a-e]", "[a-e]"), 0..5),
+        ) {
+            let first = [Changes { keys: a, whole: None, log_rows: 0 }];
+            let second = [Changes { keys: b, whole: None, log_rows: 0 }];
+            let links: BTreeSet<(Node, Node)> = pairs.iter().map(|(x, y)| (node(0, x), node(0, y))).collect();
+            let d = decide(Policy::Latest, &first, &second, &links).remove(0);
             let (Scope::Keys(f), Scope::Keys(w)) = (&d.forward, &d.backward) else { panic!("whole") };
-            for key in a.keys().chain(b.keys()) {
-                prop_assert!(f.contains(key) != w.contains(key));
-                prop_assert_eq!(d.conflicts.iter().any(|(k, _)| k == key), a.contains_key(key) && b.contains_key(key));
+            for (x, y) in &pairs {
+                prop_assert_eq!(f.contains(x), f.contains(y));
+                prop_assert_eq!(w.contains(x), w.contains(y));
+                prop_assert!(f.contains(x) != w.contains(x));
             }
         }
     }

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use crate::catalog::{self, Migration};
 use crate::error::{Error, Result, Side};
-use crate::mapping::ident::RelName;
+use crate::mapping::ident::{Ident, RelName};
 use crate::mapping::model::{Mapping, NamedTable};
 use crate::mapping::rule::Pair;
 use crate::mapping::sql::{Objects, StoreTable};
@@ -26,11 +26,15 @@ pub struct Context {
     pub stubborn_second: Vec<usize>,
     /// Set-up has begun to install: its undoing has something to remove.
     pub installing: bool,
+    /// When the stores' constraints were read; None: they have to be.
+    constraints_at: Option<Instant>,
 }
 
 pub type FirstStore = Store<LocalSession>;
 pub type SecondStore = Store<RemoteSession>;
 
+/// How long a constraint that was added goes unnoticed.
+const CONSTRAINTS_EVERY: Duration = Duration::from_secs(10);
 /// How long connecting to the second server may take.
 const CONNECT_PATIENCE: Duration = Duration::from_secs(5);
 
@@ -43,7 +47,7 @@ impl Context {
         session.rollback();
         let Some(migration) = migration? else { return Ok(None) };
         let objects = Objects::new(Side::First, &migration.tag);
-        let first = Store { session, objects, tables: Vec::new() };
+        let first = Store::new(session, objects);
         Ok(Some(Context {
             migration,
             pairs: Vec::new(),
@@ -53,6 +57,7 @@ impl Context {
             remote: Vec::new(),
             stubborn_second: Vec::new(),
             installing: false,
+            constraints_at: None,
         }))
     }
 
@@ -131,7 +136,7 @@ impl Context {
         let target = self.target()?;
         let session = RemoteSession::connect(&target, Some(Instant::now() + CONNECT_PATIENCE))?;
         let objects = Objects::new(Side::Second, &self.migration.tag);
-        let mut second = Store { session, objects, tables: Vec::new() };
+        let mut second = Store::new(session, objects);
         if self.remote.is_empty() && !self.pairs.is_empty() {
             let mut remote = Vec::new();
             for pair in &self.pairs {
@@ -144,7 +149,32 @@ impl Context {
             self.remote = remote;
         }
         self.second = Some(second);
+        self.constraints_at = None;
         self.refresh_second();
+        Ok(())
+    }
+
+    /// Reads the constraints of both stores, unless that was done a moment ago. In transactions of its own.
+    pub fn refresh_constraints(&mut self) -> Result<()> {
+        if self.constraints_at.is_some_and(|at| at.elapsed() < CONSTRAINTS_EVERY) {
+            return Ok(());
+        }
+        let Context { pairs, first_tables, first, second, remote, .. } = self;
+        let second = second.as_mut().ok_or_else(|| Error::internal("not connected"))?;
+        let tables: Vec<(u32, Vec<Ident>)> = pairs
+            .iter()
+            .zip(first_tables.iter())
+            .map(|(p, (oid, _))| (*oid, p.key.iter().map(|(a, _)| a.clone()).collect()))
+            .collect();
+        first.session.begin(Isolation::ReadCommitted, &[])?;
+        let found = catalog::constraints(&mut first.session, &tables);
+        first.session.rollback();
+        first.constraints = found?;
+        let tables: Vec<(u32, Vec<Ident>)> = remote.iter().map(|t| (t.oid, t.key.clone())).collect();
+        second.constraints = catalog::constraints(&mut second.session, &tables)?;
+        first.constraints.mark_mirrored(&second.constraints, |table, column| pairs[table].second_column(column));
+        second.constraints.mark_mirrored(&first.constraints, |table, column| pairs[table].first_column(column));
+        self.constraints_at = Some(Instant::now());
         Ok(())
     }
 
@@ -156,6 +186,7 @@ impl Context {
 
     /// Ends whatever transactions an error has left open.
     pub fn rollback_all(&mut self) {
+        self.constraints_at = None;
         self.first.session.rollback();
         if let Some(second) = &mut self.second {
             second.session.rollback();

@@ -4,11 +4,13 @@
 //! a row that changes meanwhile does not matter, and nothing that was deleted comes back. A chunk holds a snapshot for
 //! its own length only.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use crate::catalog;
 use crate::context::Context;
 use crate::cycle;
+use crate::cycle::write::Writer;
 use crate::error::{Error, Result};
 use crate::fault;
 use crate::mapping::text::copy_line;
@@ -39,6 +41,7 @@ pub fn work(ctx: &mut Context) -> Result<()> {
         }
         ctx.connect()?;
         let Some(chunk) = claim(ctx)? else { return Ok(()) };
+        ctx.refresh_constraints()?;
         ctx.stores()?.1.session.set_patience(cycle::STALL);
         fault::point("copy:claimed")?;
         let rows = match copy(ctx, &chunk) {
@@ -183,8 +186,11 @@ fn copy_row_by_row(ctx: &mut Context, chunk: &Chunk) -> Result<u64> {
     let derived = first.derive(chunk.index, Some(&keys.iter().collect::<Vec<_>>()))?;
     first.end_read()?;
     second.begin_write()?;
-    let mut owed = Vec::new();
-    let written = cycle::apply::write_rows(second, chunk.index, &derived.rows, &mut owed, None, &|_| 0)?;
+    // Two snapshots can show one unique value twice: what is in the way is put right by the cycle that catches up.
+    let (at, mut others) = (|_: &_| 0, |_: &[_]| Ok(BTreeMap::new()));
+    let mut writer = Writer::new(chunk.index, false, &at, &mut others);
+    writer.write(second, &derived.list())?;
+    let (written, mut owed) = (writer.written, writer.parked);
     owed.extend(Derived::parked(&derived.refused, &|_| 0));
     second.set_owed(chunk.index, &[], &owed)?;
     commit_chunk(ctx, chunk, written)?;

@@ -6,15 +6,19 @@
 
 pub mod apply;
 pub mod plan;
+pub mod write;
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
-use self::apply::{BATCH, Contended, batches, missing, settle, write_rows};
+use self::apply::{Aside, Contended, batches, missing, settle};
 use self::plan::Plan;
+use self::write::{BATCH, Writer};
 use crate::catalog::Migration;
 use crate::context::{Context, FirstStore, SecondStore};
 use crate::error::{Error, Result, Side};
 use crate::fault;
+use crate::mapping::model::Policy;
 use crate::mapping::rule::Pair;
 use crate::state::Phase;
 use crate::store::postgres::PATIENCE;
@@ -66,13 +70,14 @@ impl Directions {
 /// Whatever a server reports; nothing is half done, and the next cycle repeats what is missing.
 pub fn run(ctx: &mut Context, retry_parked: bool) -> Result<Outcome> {
     ctx.connect()?;
+    ctx.refresh_constraints()?;
     let directions = Directions::of(&ctx.migration);
-    let name = ctx.migration.name.clone();
+    let (name, policy) = (ctx.migration.name.clone(), ctx.migration.options.conflicts);
     let Context { pairs, first, second, .. } = ctx;
     let second = second.as_mut().ok_or_else(|| Error::internal("not connected"))?;
     second.session.set_patience(if directions.backward { PATIENCE } else { STALL });
     let result = match directions {
-        Directions { forward: true, backward: true } => two_way(&name, pairs, first, second, retry_parked),
+        Directions { forward: true, backward: true } => two_way(&name, policy, pairs, first, second, retry_parked),
         Directions { forward: true, .. } => one_way(first, second, retry_parked),
         Directions { backward: true, .. } => one_way(second, first, retry_parked),
         _ => Ok(Outcome::default()),
@@ -173,31 +178,44 @@ fn one_way<A: Session, B: Session>(
     outcome.scopes = incoming.scopes();
     outcome.oldest = incoming.changes.iter().filter_map(Changes::oldest).min();
     fault::point("cycle:read")?;
-    let mut parked = 0;
+    let mut owed: Vec<Vec<Owed>> = vec![Vec::new(); incoming.changes.len()];
     // Deletes first, children before parents: a unique value may have moved to another key.
     for (i, changes) in incoming.changes.iter().enumerate().rev() {
         for keys in batches(changes) {
             let keys = keys.as_deref();
             let derived = source.derive(i, keys)?;
-            let gone = missing(destination, i, keys, &derived)?;
+            let mut gone = missing(destination, i, keys, &derived)?;
+            keep_parents(destination, &incoming, i, &mut gone, &mut owed[i])?;
             for gone in gone.iter().collect::<Vec<_>>().chunks(BATCH) {
                 outcome.rows += destination.delete(i, gone)?;
             }
         }
     }
     for (i, changes) in incoming.changes.iter().enumerate() {
-        let mut owed = Vec::new();
-        let mut settled: Vec<Key> = Vec::new();
+        let at = |key: &Key| changes.at(key);
         for keys in batches(changes) {
             let derived = source.derive(i, keys.as_deref())?;
-            let at = |key: &Key| changes.keys.get(key).copied().or(changes.whole).unwrap_or(0);
-            outcome.rows += write_rows(destination, i, &derived.rows, &mut owed, None, &at)?;
-            owed.extend(Derived::parked(&derived.refused, &at));
-            settled.extend(keys.into_iter().flatten().cloned());
+            // Nobody else writes here: whatever row is in the way, the source knows what it is to be.
+            let mut others = |keys: &[Key]| {
+                let derived = source.derive(i, Some(&keys.iter().collect::<Vec<_>>()))?;
+                let known = keys.iter().filter(|k| !derived.refused.contains_key(*k));
+                Ok(known.map(|k| (k.clone(), derived.rows.get(k).cloned())).collect())
+            };
+            let mut writer = Writer::new(i, false, &at, &mut others);
+            writer.write(destination, &derived.list())?;
+            outcome.rows += writer.written;
+            owed[i].extend(writer.parked);
+            owed[i].extend(Derived::parked(&derived.refused, &at));
         }
-        parked += owed.len();
-        settle(destination, i, &incoming.owed[i], changes, &settled, &owed)?;
     }
+    for (i, changes) in incoming.changes.iter().enumerate() {
+        refuse_violations(source, destination, i, changes, &mut owed[i])?;
+    }
+    for (i, changes) in incoming.changes.iter().enumerate() {
+        let settled: Vec<Key> = changes.keys.keys().cloned().collect();
+        settle(destination, i, &incoming.owed[i], changes, &settled, &owed[i])?;
+    }
+    let parked: usize = owed.iter().map(Vec::len).sum();
     source.end_read()?;
     let counter = source.flush()?;
     fault::point("cycle:flushed")?;
@@ -209,9 +227,76 @@ fn one_way<A: Session, B: Session>(
     Ok(outcome)
 }
 
+/// A parent that is to go while a row of the destination refers to it, by a foreign key that the source has not: its deletion is refused.
+fn keep_parents<S: Session>(
+    destination: &mut Store<S>,
+    incoming: &Incoming,
+    index: usize,
+    gone: &mut Vec<Key>,
+    owed: &mut Vec<Owed>,
+) -> Result<()> {
+    for reference in destination.constraints.children_of(index).into_iter().filter(|r| !r.mirrored) {
+        for keys in gone.clone().iter().collect::<Vec<_>>().chunks(BATCH) {
+            for (parent, child) in destination.children(&reference, keys)? {
+                let changes = reference.child_index.map(|c| &incoming.changes[c]);
+                // A child that changes as well is looked at afterwards.
+                let changes_too = child.zip(changes).is_some_and(|(k, c)| c.whole.is_some() || c.keys.contains_key(&k));
+                if !changes_too && gone.contains(&parent) {
+                    gone.retain(|k| *k != parent);
+                    let at = incoming.changes[index].at(&parent);
+                    owed.push(Owed { key: parent, at, error: Some(reference.still_referred()), image: None });
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Replica mode checks no foreign keys and no deferrable constraints: rows that violate one which the source has not are taken out
+/// again, and parked.
+fn refuse_violations<A: Session, B: Session>(
+    source: &mut Store<A>,
+    destination: &mut Store<B>,
+    index: usize,
+    changes: &Changes,
+    owed: &mut Vec<Owed>,
+) -> Result<()> {
+    let references: Vec<_> = destination.constraints.parents_of(index).into_iter().filter(|r| !r.mirrored).collect();
+    if references.is_empty() && !destination.has_uniques(index, true) {
+        return Ok(());
+    }
+    for keys in batches(changes) {
+        let mut bad: BTreeMap<Key, String> = BTreeMap::new();
+        let derived = source.derive(index, keys.as_deref())?;
+        for batch in derived.list().chunks(BATCH) {
+            let (keys, rows): (Vec<&Key>, Vec<&str>) = batch.iter().copied().unzip();
+            for reference in &references {
+                for orphan in destination.orphans(reference, &keys)? {
+                    bad.insert(orphan.key, reference.no_parent());
+                }
+            }
+            for (key, other) in destination.in_the_way(index, &rows, true)? {
+                if !bad.contains_key(&other) {
+                    bad.insert(key, format!("it repeats a unique value of the row {other}"));
+                }
+            }
+        }
+        destination.delete(index, &bad.keys().collect::<Vec<_>>())?;
+        owed.retain(|o| !bad.contains_key(&o.key));
+        owed.extend(bad.into_iter().map(|(key, error)| Owed {
+            at: changes.at(&key),
+            error: Some(error),
+            image: derived.rows.get(&key).cloned(),
+            key,
+        }));
+    }
+    Ok(())
+}
+
 /// Both directions: first commits first, with the conflicts; then second.
 fn two_way(
     name: &str,
+    policy: Policy,
     pairs: &[Pair],
     first: &mut FirstStore,
     second: &mut SecondStore,
@@ -231,7 +316,7 @@ fn two_way(
         first.end_read()?;
         return Ok(Outcome { parked, ..Outcome::default() });
     }
-    let plan = Plan::make(pairs, first, second, forward, backward)?;
+    let plan = Plan::make(policy, pairs, first, second, forward, backward)?;
     second.end_read()?;
     first.end_read()?;
     fault::point("cycle:read")?;
@@ -240,14 +325,14 @@ fn two_way(
     fault::point("cycle:flushed")?;
 
     // What first owes to itself is, in a conflict, owed to second as well: the next cycle must see both changes.
-    let mut skip: Vec<Vec<Key>> = vec![Vec::new(); pairs.len()];
+    let mut aside = Aside::none(pairs.len());
     let counter1;
     loop {
         first.begin_write()?;
         first.session.set_lock_timeout(YIELD_AFTER)?;
-        let written = plan.write_first(first, pairs, name, &s1, &mut skip, Contended::Skip, Some(Side::First))?;
+        let written = plan.write_first(first, pairs, name, &s1, &mut aside, Contended::Skip, Some(Side::First))?;
         outcome.rows += written.rows;
-        if written.looked_again {
+        if written.again {
             first.session.rollback();
             continue;
         }
@@ -261,15 +346,15 @@ fn two_way(
         break;
     }
     fault::point("cycle:first-committed")?;
-    outcome.contended += skip.iter().map(Vec::len).sum::<usize>();
+    outcome.contended += aside.iter().map(|a| a.held.len()).sum::<usize>();
     if plan.writes_second() {
-        let mut skip2: Vec<Vec<Key>> = vec![Vec::new(); pairs.len()];
+        let mut aside2 = Aside::none(pairs.len());
         loop {
             second.begin_write()?;
             second.session.set_lock_timeout(YIELD_AFTER)?;
-            let written = plan.write_second(second, &s2, &skip, &mut skip2, Contended::Skip)?;
+            let written = plan.write_second(second, &s2, &aside, &mut aside2, Contended::Skip)?;
             outcome.rows += written.rows;
-            if written.looked_again {
+            if written.again {
                 second.session.rollback();
                 continue;
             }
@@ -279,7 +364,7 @@ fn two_way(
             outcome.parked += written.parked;
             break;
         }
-        outcome.contended += skip2.iter().map(Vec::len).sum::<usize>();
+        outcome.contended += aside2.iter().map(|a| a.held.len()).sum::<usize>();
         fault::point("cycle:second-committed")?;
     }
     Ok(outcome)

@@ -213,6 +213,11 @@ impl Error {
         matches!(self, Error::Server { .. }) && self.class_is(&["22", "23", "54", "P0"])
     }
 
+    /// A unique value is there already, in another row.
+    pub fn is_unique_violation(&self) -> bool {
+        matches!(self, Error::Server { .. }) && self.sqlstate() == "23505"
+    }
+
     /// A client held the lock, or the replicator gave way to one.
     pub fn is_contention(&self) -> bool {
         matches!(self, Error::LockNotAvailable)

@@ -11,7 +11,7 @@ use pgrx::pg_sys;
 use crate::catalog;
 use crate::context::Context;
 use crate::copy;
-use crate::cycle::apply::Contended;
+use crate::cycle::apply::{Aside, Contended, Written};
 use crate::cycle::plan::Plan;
 use crate::cycle::{self, incoming};
 use crate::error::{Error, InTheWay, Result, Side};
@@ -19,7 +19,7 @@ use crate::fault;
 use crate::lock::{self, Patience};
 use crate::settings;
 use crate::state::{By, Phase, State};
-use crate::store::{Isolation, Key, Session, Watermark};
+use crate::store::{Isolation, Session, Store, Watermark};
 use crate::views;
 
 /// Scopes that a last cycle may have to apply while clients wait.
@@ -202,18 +202,37 @@ fn bound_pause(ctx: &mut Context, pause: &mut Pause) -> Result<Instant> {
     Ok(end)
 }
 
+/// Writes the second half of a last cycle under the locks, leaving out what a constraint of that store refuses: it is parked.
+fn settle<S: Session>(
+    store: &mut Store<S>,
+    tables: usize,
+    write: impl Fn(&mut Store<S>, &mut [Aside]) -> Result<Written>,
+) -> Result<()> {
+    let mut aside = Aside::none(tables);
+    for _ in 0..ROUNDS {
+        store.session.savepoint()?;
+        if !write(store, &mut aside)?.again {
+            return store.session.release();
+        }
+        store.session.rollback_to()?;
+    }
+    Err(Error::LockNotAvailable)
+}
+
 /// `both` to `second`: first loses its writers. Second commits first: its rows must be there when first lets the clients go.
 fn towards_second(ctx: &mut Context, order: &Order) -> Result<()> {
     ctx.connect()?;
+    ctx.refresh_constraints()?;
     let mut pause = Pause { began: Some(Instant::now()), drained: 0 };
     lock_first(ctx, order.patience.attempt(), true, false, Some(pg_sys::ExclusiveLock))?;
     let end = bound_pause(ctx, &mut pause)?;
     fault::point("switch:locked")?;
     let name = ctx.migration.name.clone();
-    let Context { pairs, first, second, .. } = &mut *ctx;
+    let Context { pairs, first, second, migration, .. } = &mut *ctx;
     let second = second.as_mut().ok_or_else(|| Error::internal("not connected"))?;
     first.mark_origin()?;
-    let nobody: Vec<Vec<Key>> = vec![Vec::new(); pairs.len()];
+    let policy = migration.options.conflicts;
+    let mut aside = Aside::none(pairs.len());
     let mut rounds = 0;
     let (plan, s1, s2) = loop {
         rounds += 1;
@@ -226,14 +245,14 @@ fn towards_second(ctx: &mut Context, order: &Order) -> Result<()> {
         let s1 = first.snapshot()?;
         let forward = incoming(first, second, true)?;
         let backward = incoming(second, first, true)?;
-        let plan = Plan::make(pairs, first, second, forward, backward)?;
+        let plan = Plan::make(policy, pairs, first, second, forward, backward)?;
         second.end_read()?;
         let counter1 = first.flush()?;
         second.begin_write()?;
         second.session.set_lock_timeout(settings::lock_attempt())?;
-        let mut skip = nobody.clone();
-        let written = plan.write_second(second, &s2, &nobody, &mut skip, Contended::Wait)?;
-        if written.looked_again {
+        aside.iter_mut().for_each(|a| a.held.clear());
+        let written = plan.write_second(second, &s2, &[], &mut aside, Contended::Wait)?;
+        if written.again {
             second.session.rollback();
             continue;
         }
@@ -248,8 +267,9 @@ fn towards_second(ctx: &mut Context, order: &Order) -> Result<()> {
     second.session.commit()?;
     fault::point("switch:second-committed")?;
     let counter2 = second.flush()?;
-    let mut skip = nobody;
-    plan.write_first(first, pairs, &name, &s1, &mut skip, Contended::Wait, None)?;
+    settle(first, pairs.len(), |first, aside| {
+        plan.write_first(first, pairs, &name, &s1, aside, Contended::Wait, None)
+    })?;
     first.set_watermark(&Watermark { snapshot: s2, counter: counter2 })?;
     pause.drained = plan.log_rows();
     first.set_fence(true)?;
@@ -262,6 +282,7 @@ fn towards_second(ctx: &mut Context, order: &Order) -> Result<()> {
 /// (rows, conflicts, watermark, state) while second's transaction still holds its lock; then second commits its rows and its fence.
 fn towards_first(ctx: &mut Context, order: &Order, to: State) -> Result<()> {
     ctx.connect()?;
+    ctx.refresh_constraints()?;
     let from = ctx.migration.state;
     let fence_only = from == to;
     let opens_first = from == State::Second;
@@ -276,7 +297,8 @@ fn towards_first(ctx: &mut Context, order: &Order, to: State) -> Result<()> {
     let Context { pairs, first, second, migration, .. } = &mut *ctx;
     let second = second.as_mut().ok_or_else(|| Error::internal("not connected"))?;
     first.mark_origin()?;
-    let none: Vec<Vec<Key>> = vec![Vec::new(); pairs.len()];
+    let policy = migration.options.conflicts;
+    let mut aside = Aside::none(pairs.len());
     let mut rounds = 0;
     let (plan, s1, s2) = loop {
         rounds += 1;
@@ -289,13 +311,13 @@ fn towards_first(ctx: &mut Context, order: &Order, to: State) -> Result<()> {
         cycle::check_capture(second)?;
         let forward = incoming(first, second, true)?;
         let backward = incoming(second, first, true)?;
-        let plan = Plan::make(pairs, first, second, forward, backward)?;
+        let plan = Plan::make(policy, pairs, first, second, forward, backward)?;
         let counter2 = second.flush()?;
         first.session.savepoint()?;
-        let mut skip = none.clone();
+        aside.iter_mut().for_each(|a| a.held.clear());
         let written =
-            plan.write_first(first, pairs, &migration.name, &s1, &mut skip, Contended::Wait, Some(Side::First))?;
-        if written.looked_again {
+            plan.write_first(first, pairs, &migration.name, &s1, &mut aside, Contended::Wait, Some(Side::First))?;
+        if written.again {
             first.session.rollback_to()?;
             continue;
         }
@@ -322,11 +344,9 @@ fn towards_first(ctx: &mut Context, order: &Order, to: State) -> Result<()> {
     let fence = ctx.migration.options.fence;
     let (_, second) = ctx.stores()?;
     second.mark_origin()?;
-    let mut skip = none.clone();
-    let written = plan.write_second(second, &s2, &none, &mut skip, Contended::Wait)?;
-    if !written.looked_again {
-        second.set_watermark(&Watermark { snapshot: s1, counter: counter1 })?;
-    }
+    let tables = second.tables.len();
+    settle(second, tables, |second, aside| plan.write_second(second, &s2, &[], aside, Contended::Wait))?;
+    second.set_watermark(&Watermark { snapshot: s1, counter: counter1 })?;
     if to == State::First && fence {
         second.set_fence(true)?;
     }

@@ -1,14 +1,13 @@
-//! Rows into a store: deletes, upserts in batches, rows that are refused or held, and the second look at the log.
+//! Rows into a store where clients write as well: deletes, upserts, what they need and what needs them, and the second look at the log.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::Incoming;
+use super::write::{BATCH, Writer};
 use crate::error::Result;
 use crate::fault;
+use crate::mapping::constraint::Reference;
 use crate::store::{Changes, Derived, Key, Owed, Session, Snapshot, Store};
-
-/// Rows written by one statement.
-pub const BATCH: usize = 1000;
 
 /// What to do with a row that a client holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -23,87 +22,252 @@ pub enum Contended {
 #[derive(Debug, Default)]
 pub struct Rows {
     pub upserts: BTreeMap<Key, String>,
-    pub deletes: Vec<Key>,
+    pub deletes: BTreeSet<Key>,
     /// Rows for which a rule's expression failed: parked.
     pub refused: BTreeMap<Key, String>,
 }
+
+impl Rows {
+    pub fn has(&self, key: &Key) -> bool {
+        self.upserts.contains_key(key) || self.deletes.contains(key) || self.refused.contains_key(key)
+    }
+}
+
+/// The keys of one table that a write leaves out: they stay owed.
+#[derive(Debug, Default, Clone)]
+pub struct Aside {
+    /// A client has them, or something that they depend on; the next cycle takes them.
+    pub held: BTreeSet<Key>,
+    /// The store refuses them, with the reason: parked.
+    pub refused: BTreeMap<Key, String>,
+}
+
+impl Aside {
+    pub fn none(tables: usize) -> Vec<Aside> {
+        vec![Aside::default(); tables]
+    }
+
+    fn has(&self, key: &Key) -> bool {
+        self.held.contains(key) || self.refused.contains_key(key)
+    }
+}
+
+/// Keys with their rows.
+type Upserts<'a> = Vec<(&'a Key, &'a str)>;
 
 /// What a store's part of a plan came to.
 pub struct Written {
     pub rows: u64,
     pub parked: usize,
-    /// A client was faster: roll back and write again; the keys have been added to those to skip.
-    pub looked_again: bool,
+    /// A client was faster, or a constraint is in the way: roll back and write again; the keys have been set aside.
+    pub again: bool,
 }
 
-/// Applies one direction's rows: deletes (children first), then upserts (parents first); then looks again.
-pub fn apply<S: Session>(
-    store: &mut Store<S>,
-    rows: &[Rows],
-    incoming: &Incoming,
-    seen: &Snapshot,
-    also_owed: &[Vec<Key>],
-    skip: &mut [Vec<Key>],
-    contended: Contended,
-) -> Result<Written> {
-    let mut written = Written { rows: 0, parked: 0, looked_again: false };
-    if contended == Contended::Skip {
-        for (i, table) in rows.iter().enumerate() {
-            let (upserts, deletes) = without(table, &skip[i]);
-            let keys: Vec<&Key> = upserts.keys().copied().collect();
-            skip[i].extend(store.lock_rows(i, &keys, "NO KEY UPDATE")?);
-            skip[i].extend(store.lock_rows(i, &deletes, "UPDATE")?);
+/// One direction's rows on their way into a store, in the caller's transaction.
+pub struct Application<'a, S: Session> {
+    pub store: &'a mut Store<S>,
+    pub rows: &'a [Rows],
+    pub incoming: &'a Incoming,
+    /// The snapshot of this store that the rows were decided on.
+    pub seen: &'a Snapshot,
+    pub aside: &'a mut [Aside],
+}
+
+impl<'a, S: Session> Application<'a, S> {
+    /// Deletes (children first), upserts (parents first), then looks at constraints and at the log again. `also_owed`: keys that the
+    /// other store left out of the same plan.
+    pub fn run(&mut self, also_owed: &[Aside], contended: Contended) -> Result<Written> {
+        let mut written = Written { rows: 0, parked: 0, again: false };
+        if contended == Contended::Skip {
+            self.lock_rows()?;
+        }
+        self.keep_parents()?;
+        for i in (0..self.rows.len()).rev() {
+            let (_, deletes) = self.left(i);
+            for keys in deletes.chunks(BATCH) {
+                written.rows += self.store.delete(i, keys)?;
+            }
+        }
+        let mut parked: Vec<Vec<Owed>> = Vec::new();
+        for i in 0..self.rows.len() {
+            let (rows, owed) = self.upsert(i, contended)?;
+            written.rows += rows;
+            parked.push(owed);
+        }
+        written.again = self.look_at_constraints()? | self.look_again()?;
+        if written.again {
+            return Ok(written);
+        }
+        for (i, parked) in parked.into_iter().enumerate() {
+            let mut owed = self.owed(i, also_owed.get(i));
+            written.parked += parked.len() + self.rows[i].refused.len() + self.aside[i].refused.len();
+            owed.extend(parked);
+            let changes = &self.incoming.changes[i];
+            let settled: Vec<Key> = changes.keys.keys().cloned().collect();
+            settle(self.store, i, &self.incoming.owed[i], changes, &settled, &owed)?;
+        }
+        Ok(written)
+    }
+
+    /// What is left of table `i` to write: upserts and deletes.
+    fn left(&self, i: usize) -> (Upserts<'a>, Vec<&'a Key>) {
+        let (rows, aside) = (&self.rows[i], &self.aside[i]);
+        let upserts = rows.upserts.iter().filter(|(k, _)| !aside.has(k));
+        (upserts.map(|(k, row)| (k, row.as_str())).collect(), rows.deletes.iter().filter(|k| !aside.has(k)).collect())
+    }
+
+    fn at(&self, i: usize, key: &Key) -> i64 {
+        self.incoming.changes[i].at(key)
+    }
+
+    fn lock_rows(&mut self) -> Result<()> {
+        for i in 0..self.rows.len() {
+            let (upserts, deletes) = self.left(i);
+            let held = self.store.lock_rows(i, &keys_of(&upserts), "NO KEY UPDATE")?;
+            let held_too = self.store.lock_rows(i, &deletes, "UPDATE")?;
+            self.aside[i].held.extend(held.into_iter().chain(held_too));
+        }
+        Ok(())
+    }
+
+    /// Sets the deletion of a parent aside to which a row refers that this plan does not know: a client has just inserted it, or only
+    /// this store has the foreign key. Nobody can add one later: the parents are locked.
+    fn keep_parents(&mut self) -> Result<()> {
+        for i in (0..self.rows.len()).rev() {
+            for reference in self.store.constraints.children_of(i) {
+                let (upserts, deletes) = self.left(i);
+                let mut found = self.store.children(&reference, &deletes)?;
+                found.extend(self.store.children_left(&reference, &rows_of(&upserts))?);
+                for (parent, child) in found {
+                    let known = |child: usize, key: &Key| self.rows[child].has(key) && !self.aside[child].has(key);
+                    let child = reference.child_index.zip(child);
+                    if child.as_ref().is_some_and(|(c, key)| known(*c, key)) {
+                        continue;
+                    }
+                    let held = match &child {
+                        Some((c, key)) => self.is_held(*c, key)?,
+                        None => false,
+                    };
+                    self.set_aside(i, parent, held, || reference.still_referred());
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Will `key` be decided by a later cycle?
+    fn is_held(&mut self, i: usize, key: &Key) -> Result<bool> {
+        Ok(self.aside[i].held.contains(key) || !self.store.changed_since(i, &[key], self.seen)?.is_empty())
+    }
+
+    fn set_aside(&mut self, i: usize, key: Key, held: bool, reason: impl Fn() -> String) {
+        if held {
+            self.aside[i].held.insert(key);
+        } else if !self.aside[i].held.contains(&key) {
+            self.aside[i].refused.insert(key, reason());
         }
     }
-    for (i, table) in rows.iter().enumerate().rev() {
-        let (_, deletes) = without(table, &skip[i]);
-        for keys in deletes.chunks(BATCH) {
-            written.rows += store.delete(i, keys)?;
+
+    fn upsert(&mut self, i: usize, contended: Contended) -> Result<(u64, Vec<Owed>)> {
+        let (upserts, _) = self.left(i);
+        let (rows, incoming, aside) = (self.rows, self.incoming, self.aside[i].clone());
+        let at = |key: &Key| incoming.changes[i].at(key);
+        // Rows of this very plan may have what another of them wants.
+        let mut others = |keys: &[Key]| {
+            let of = |key: &Key| rows[i].upserts.get(key).map(|row| (key.clone(), Some(row.clone())));
+            Ok(keys.iter().filter(|k| !aside.has(k)).filter_map(of).collect())
+        };
+        let mut writer = Writer::new(i, contended == Contended::Skip, &at, &mut others);
+        writer.write(self.store, &upserts)?;
+        let (written, mut parked, held, collided) = (writer.written, writer.parked, writer.held, writer.collided);
+        self.aside[i].held.extend(held);
+        // A value that is taken by a row which a client has just written comes up in the next cycle, as a conflict.
+        for (key, row) in upserts.into_iter().filter(|(k, _)| collided.contains(*k)) {
+            for (_, other) in self.store.in_the_way(i, &[row], false)? {
+                if self.is_held(i, &other)? {
+                    parked.retain(|o| o.key != *key);
+                    self.aside[i].held.insert(key.clone());
+                }
+            }
+        }
+        Ok((written, parked))
+    }
+
+    /// What replica mode does not check: sets rows aside that have no parent, or repeat the value of a deferrable constraint.
+    fn look_at_constraints(&mut self) -> Result<bool> {
+        let mut found = false;
+        for i in 0..self.rows.len() {
+            let (upserts, _) = self.left(i);
+            let keys = keys_of(&upserts);
+            for reference in self.store.constraints.parents_of(i) {
+                for keys in keys.chunks(BATCH) {
+                    for orphan in self.store.orphans(&reference, keys)? {
+                        let held = orphan.parent_is_there || self.is_parent_held(&reference, orphan.parent.as_ref())?;
+                        self.set_aside(i, orphan.key, held, || reference.no_parent());
+                        found = true;
+                    }
+                }
+            }
+            if !upserts.is_empty() && self.store.has_uniques(i, true) {
+                for (key, other) in self.store.in_the_way(i, &rows_of(&upserts), true)? {
+                    if !self.aside[i].has(&key) && !self.aside[i].has(&other) {
+                        let held = self.is_held(i, &other)?;
+                        self.set_aside(i, key, held, || format!("it repeats a unique value of the row {other}"));
+                        found = true;
+                    }
+                }
+            }
+        }
+        Ok(found)
+    }
+
+    fn is_parent_held(&mut self, reference: &Reference, parent: Option<&Key>) -> Result<bool> {
+        match (reference.parent_index, parent) {
+            (Some(table), Some(key)) => self.is_held(table, key),
+            _ => Ok(false),
         }
     }
-    let mut parked: Vec<Vec<Owed>> = vec![Vec::new(); rows.len()];
-    for (i, table) in rows.iter().enumerate() {
-        let at = |key: &Key| incoming.changes[i].keys.get(key).copied().or(incoming.changes[i].whole).unwrap_or(0);
-        let (upserts, _) = without(table, &skip[i]);
-        let upserts: BTreeMap<Key, String> = upserts.into_iter().map(|(k, v)| (k.clone(), v.clone())).collect();
-        let mut held = Vec::new();
-        let yields = (contended == Contended::Skip).then_some(&mut held);
-        written.rows += write_rows(store, i, &upserts, &mut parked[i], yields, &at)?;
-        skip[i].extend(held);
-        parked[i].extend(Derived::parked(&table.refused, &at));
-    }
-    if !fault::is_taken_out("no-look-again") {
-        for (i, table) in rows.iter().enumerate() {
-            let (upserts, deletes) = without(table, &skip[i]);
-            let keys: Vec<&Key> = upserts.keys().copied().chain(deletes).collect();
-            let changed = store.changed_since(i, &keys, seen)?;
-            written.looked_again |= !changed.is_empty();
-            skip[i].extend(changed);
+
+    fn look_again(&mut self) -> Result<bool> {
+        let mut found = false;
+        if fault::is_taken_out("no-look-again") {
+            return Ok(false);
         }
+        for i in 0..self.rows.len() {
+            let (upserts, deletes) = self.left(i);
+            let keys: Vec<&Key> = keys_of(&upserts).into_iter().chain(deletes).collect();
+            let changed = self.store.changed_since(i, &keys, self.seen)?;
+            found |= !changed.is_empty();
+            self.aside[i].held.extend(changed);
+        }
+        Ok(found)
     }
-    if written.looked_again {
-        return Ok(written);
-    }
-    for (i, parked) in parked.into_iter().enumerate() {
-        let changes = &incoming.changes[i];
-        let at = |key: &Key| changes.keys.get(key).copied().or(changes.whole).unwrap_or(0);
-        let held =
-            skip[i].iter().chain(also_owed.get(i).into_iter().flatten().filter(|k| changes.keys.contains_key(*k)));
+
+    /// What of table `i` stays owed because it was set aside, here or on the other store.
+    fn owed(&self, i: usize, also: Option<&Aside>) -> Vec<Owed> {
+        let changes = &self.incoming.changes[i];
+        let aside = &self.aside[i];
+        let also = also.into_iter().flat_map(|a| &a.held).filter(|k| changes.keys.contains_key(*k));
+        let held = aside.held.iter().chain(also);
         let mut owed: Vec<Owed> =
-            held.map(|key| Owed { key: key.clone(), at: at(key), error: None, image: None }).collect();
-        written.parked += parked.len();
-        owed.extend(parked);
-        let settled: Vec<Key> = changes.keys.keys().cloned().collect();
-        settle(store, i, &incoming.owed[i], changes, &settled, &owed)?;
+            held.map(|key| Owed { key: key.clone(), at: self.at(i, key), error: None, image: None }).collect();
+        owed.extend(aside.refused.iter().filter(|(k, _)| !aside.held.contains(*k)).map(|(key, error)| Owed {
+            key: key.clone(),
+            at: self.at(i, key),
+            error: Some(error.clone()),
+            image: self.rows[i].upserts.get(key).cloned(),
+        }));
+        owed.extend(Derived::parked(&self.rows[i].refused, &|key| self.at(i, key)));
+        owed
     }
-    Ok(written)
 }
 
-fn without<'r>(rows: &'r Rows, skip: &[Key]) -> (BTreeMap<&'r Key, &'r String>, Vec<&'r Key>) {
-    (
-        rows.upserts.iter().filter(|(k, _)| !skip.contains(k)).collect(),
-        rows.deletes.iter().filter(|k| !skip.contains(k)).collect(),
-    )
+fn rows_of<'a>(upserts: &[(&Key, &'a str)]) -> Vec<&'a str> {
+    upserts.iter().map(|(_, row)| *row).collect()
+}
+
+fn keys_of<'a>(upserts: &[(&'a Key, &str)]) -> Vec<&'a Key> {
+    upserts.iter().map(|(key, _)| *key).collect()
 }
 
 /// Brings the table of owed scopes up to date: what this cycle applied goes, what it could not apply comes.
@@ -121,61 +285,6 @@ pub fn settle<S: Session>(
         .filter(|k| (settled.contains(k) || changes.whole.is_some()) && !owed.iter().any(|o| o.key == **k))
         .collect();
     store.set_owed(index, &gone, owed)
-}
-
-/// Writes rows in batches. One that the target refuses is found by halving and parked; so is, with `held`, one that has
-/// to wait for a client (it goes to `held`; without, that is an error).
-pub fn write_rows<S: Session>(
-    store: &mut Store<S>,
-    index: usize,
-    rows: &BTreeMap<Key, String>,
-    parked: &mut Vec<Owed>,
-    mut held: Option<&mut Vec<Key>>,
-    at: &dyn Fn(&Key) -> i64,
-) -> Result<u64> {
-    let rows: Vec<(&Key, &str)> = rows.iter().map(|(k, v)| (k, v.as_str())).collect();
-    let mut written = 0;
-    for batch in rows.chunks(BATCH) {
-        written += write_batch(store, index, batch, parked, &mut held, at)?;
-    }
-    Ok(written)
-}
-
-fn write_batch<S: Session>(
-    store: &mut Store<S>,
-    index: usize,
-    batch: &[(&Key, &str)],
-    parked: &mut Vec<Owed>,
-    held: &mut Option<&mut Vec<Key>>,
-    at: &dyn Fn(&Key) -> i64,
-) -> Result<u64> {
-    let rows: Vec<&str> = batch.iter().map(|(_, row)| *row).collect();
-    store.session.savepoint()?;
-    match store.upsert(index, &rows) {
-        Ok(n) => {
-            store.session.release()?;
-            Ok(n)
-        }
-        Err(e) if e.is_rejected_row() || (e.is_contention() && held.is_some()) => {
-            store.session.rollback_to()?;
-            if let ([(key, _)], Some(held), true) = (batch, held.as_mut(), e.is_contention()) {
-                held.push((*key).clone());
-                return Ok(0);
-            }
-            if let [(key, row)] = batch {
-                parked.push(Owed {
-                    key: (*key).clone(),
-                    at: at(key),
-                    error: Some(e.to_string()),
-                    image: Some((*row).to_string()),
-                });
-                return Ok(0);
-            }
-            let (a, b) = batch.split_at(batch.len() / 2);
-            Ok(write_batch(store, index, a, parked, held, at)? + write_batch(store, index, b, parked, held, at)?)
-        }
-        Err(e) => Err(e),
-    }
 }
 
 /// The keys of a table's changes in batches; None stands for the whole table.

@@ -1,10 +1,14 @@
 //! What a cycle in both directions is going to write: decided from one snapshot of each store, written to each in turn.
 
+use std::collections::{BTreeMap, BTreeSet};
+
 use super::Incoming;
-use super::apply::{Contended, Rows, Written, apply, missing};
-use crate::conflict::{Decision, Scope, decide};
+use super::apply::{Application, Aside, Contended, Rows, Written, missing};
+use super::write::BATCH;
+use crate::conflict::{Node, Scope, decide};
 use crate::context::{FirstStore, SecondStore};
 use crate::error::{Result, Side};
+use crate::mapping::model::Policy;
 use crate::mapping::rule::Pair;
 use crate::store::{Changes, Key, Session, Snapshot, Store};
 
@@ -27,27 +31,52 @@ pub struct Plan {
 impl Plan {
     /// Reads the rows and decides, in the transactions that both stores are in.
     pub fn make(
+        policy: Policy,
         pairs: &[Pair],
         first: &mut FirstStore,
         second: &mut SecondStore,
-        incoming_forward: Incoming,
-        incoming_backward: Incoming,
+        mut forward: Incoming,
+        mut backward: Incoming,
     ) -> Result<Plan> {
-        let mut plan = Plan {
-            forward: Vec::new(),
-            backward: Vec::new(),
-            conflicts: Vec::new(),
-            incoming_forward,
-            incoming_backward,
-        };
-        for i in 0..pairs.len() {
-            let Decision { forward, backward, conflicts } =
-                decide(&plan.incoming_forward.changes[i], &plan.incoming_backward.changes[i]);
-            plan.forward.push(rows_of(first, second, i, &forward)?);
-            plan.backward.push(rows_of(second, first, i, &backward)?);
-            plan.conflicts.push(conflict_rows(first, second, i, &conflicts)?);
+        let mut links: BTreeSet<(Node, Node)> = BTreeSet::new();
+        // Rows that nobody has changed and that are in the way all the same: derived anew with the others.
+        let mut stale: [BTreeSet<Node>; 2] = Default::default();
+        loop {
+            let mut decisions = decide(policy, &forward.changes, &backward.changes, &links);
+            for (table, key) in &stale[0] {
+                decisions[*table].forward.insert(key.clone());
+            }
+            for (table, key) in &stale[1] {
+                decisions[*table].backward.insert(key.clone());
+            }
+            let (mut rows_forward, mut rows_backward) = (Vec::new(), Vec::new());
+            for (i, decision) in decisions.iter().enumerate() {
+                rows_forward.push(rows_of(first, second, i, &decision.forward)?);
+                rows_backward.push(rows_of(second, first, i, &decision.backward)?);
+            }
+            let mut news = false;
+            for (mine, other) in collisions(second, &rows_forward)? {
+                news |= join(&mut links, &mut stale[0], mine, other, &mut backward);
+            }
+            for (mine, other) in collisions(first, &rows_backward)? {
+                news |= join(&mut links, &mut stale[1], mine, other, &mut forward);
+            }
+            if news {
+                continue;
+            }
+            let mut conflicts = Vec::new();
+            for (i, decision) in decisions.iter().enumerate() {
+                conflicts.push(conflict_rows(first, second, i, &decision.conflicts)?);
+            }
+            debug_assert_eq!(pairs.len(), decisions.len());
+            return Ok(Plan {
+                forward: rows_forward,
+                backward: rows_backward,
+                conflicts,
+                incoming_forward: forward,
+                incoming_backward: backward,
+            });
         }
-        Ok(plan)
     }
 
     pub fn scopes(&self) -> usize {
@@ -81,14 +110,15 @@ impl Plan {
         pairs: &[Pair],
         name: &str,
         seen: &Snapshot,
-        skip: &mut [Vec<Key>],
+        aside: &mut [Aside],
         contended: Contended,
         record: Option<Side>,
     ) -> Result<Written> {
-        let written = apply(first, &self.backward, &self.incoming_backward, seen, &[], skip, contended)?;
-        if !written.looked_again && record == Some(Side::First) {
+        let (rows, incoming) = (&self.backward, &self.incoming_backward);
+        let written = Application { store: first, rows, incoming, seen, aside }.run(&[], contended)?;
+        if !written.again && record == Some(Side::First) {
             for (i, conflicts) in self.conflicts.iter().enumerate() {
-                for c in conflicts.iter().filter(|c| !skip[i].contains(&c.key)) {
+                for c in conflicts.iter().filter(|c| !aside[i].held.contains(&c.key)) {
                     record_conflict(&mut first.session, name, &pairs[i].first.rel.to_string(), c)?;
                 }
             }
@@ -96,17 +126,18 @@ impl Plan {
         Ok(written)
     }
 
-    /// Applies the forward rows in second's transaction and looks again. `owed_to_first`: conflicts whose decision was
+    /// Applies the forward rows in second's transaction and looks again. `left_on_first`: conflicts whose decision was
     /// put off; they stay owed here as well.
     pub fn write_second(
         &self,
         second: &mut SecondStore,
         seen: &Snapshot,
-        owed_to_first: &[Vec<Key>],
-        skip: &mut [Vec<Key>],
+        left_on_first: &[Aside],
+        aside: &mut [Aside],
         contended: Contended,
     ) -> Result<Written> {
-        apply(second, &self.forward, &self.incoming_forward, seen, owed_to_first, skip, contended)
+        let (rows, incoming) = (&self.forward, &self.incoming_forward);
+        Application { store: second, rows, incoming, seen, aside }.run(left_on_first, contended)
     }
 
     /// Keeps the conflicts on second, which commits first in a switch towards `second`, until they are brought home.
@@ -159,8 +190,59 @@ fn rows_of<A: Session, B: Session>(
         Scope::Whole => None,
     };
     let derived = source.derive(index, keys.as_deref())?;
-    let deletes = missing(destination, index, keys.as_deref(), &derived)?;
+    let deletes = missing(destination, index, keys.as_deref(), &derived)?.into_iter().collect();
     Ok(Rows { upserts: derived.rows, deletes, refused: derived.refused })
+}
+
+/// Rows that cannot stand beside what `rows` make of a store: `(row of ours, row of the store's)`. A row that wants a unique value of
+/// another one; a parent that goes while a child refers to it.
+fn collisions<S: Session>(store: &mut Store<S>, rows: &[Rows]) -> Result<Vec<(Node, Node)>> {
+    let mut found = Vec::new();
+    for (i, table) in rows.iter().enumerate() {
+        let upserts: Vec<&str> = table.upserts.values().map(String::as_str).collect();
+        if store.has_uniques(i, false) {
+            for upserts in upserts.chunks(BATCH) {
+                let pairs = store.in_the_way(i, upserts, false)?;
+                found.extend(pairs.into_iter().map(|(mine, other)| ((i, mine), (i, other))));
+            }
+        }
+        let deletes: Vec<&Key> = table.deletes.iter().collect();
+        for reference in store.constraints.children_of(i) {
+            let Some(child_table) = reference.child_index else { continue };
+            let mut pairs = Vec::new();
+            for deletes in deletes.chunks(BATCH) {
+                pairs.extend(store.children(&reference, deletes)?);
+            }
+            for upserts in upserts.chunks(BATCH) {
+                pairs.extend(store.children_left(&reference, upserts)?);
+            }
+            let nodes = pairs.into_iter().filter_map(|(parent, child)| Some(((i, parent), (child_table, child?))));
+            found.extend(nodes);
+        }
+    }
+    found.retain(|(_, (table, key))| !rows[*table].has(key));
+    Ok(found)
+}
+
+/// Takes a collision into the decision: with a row that was changed over there it is a conflict; one that nobody has changed there is what
+/// the other store says of it. False if that was known.
+fn join(
+    links: &mut BTreeSet<(Node, Node)>,
+    stale: &mut BTreeSet<Node>,
+    mine: Node,
+    other: Node,
+    opposite: &mut Incoming,
+) -> bool {
+    let (table, key) = &other;
+    if let Some(owed) = opposite.owed[*table].iter().find(|o| o.key == *key) {
+        opposite.changes[*table].add(key.clone(), owed.at);
+    }
+    let changes = &opposite.changes[*table];
+    if changes.whole.is_some() || changes.keys.contains_key(key) {
+        links.insert((mine, other))
+    } else {
+        stale.insert(other)
+    }
 }
 
 /// Both images of each conflict; none is recorded where both stores derive the same row.
@@ -168,18 +250,18 @@ fn conflict_rows(
     first: &mut FirstStore,
     second: &mut SecondStore,
     index: usize,
-    conflicts: &[(Key, Side)],
+    conflicts: &BTreeMap<Key, Side>,
 ) -> Result<Vec<ConflictRow>> {
     if conflicts.is_empty() {
         return Ok(Vec::new());
     }
-    let keys: Vec<&Key> = conflicts.iter().map(|(k, _)| k).collect();
+    let keys: Vec<&Key> = conflicts.keys().collect();
     let (derived, stored) = (first.derive(index, Some(&keys))?.rows, second.derive(index, Some(&keys))?.rows);
     let differing: Vec<&Key> = keys.into_iter().filter(|k| derived.get(*k) != stored.get(*k)).collect();
     let (mut a, mut b) = (first.images(index, &differing)?, second.images(index, &differing)?);
     Ok(conflicts
         .iter()
-        .filter(|(k, _)| differing.contains(&k))
+        .filter(|(k, _)| differing.contains(k))
         .map(|(key, kept)| ConflictRow {
             key: key.clone(),
             kept: *kept,

@@ -34,13 +34,23 @@ pub struct TableMapping {
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Options {
-    pub conflicts: String,
+    pub conflicts: Policy,
     pub copy_workers: i32,
     pub chunk_rows: i64,
     pub fence: bool,
     pub target: Target,
     pub takeover: Takeover,
     pub foreign_keys: bool,
+}
+
+/// Whose change stands where both stores changed the same.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Policy {
+    /// The later one, by the clocks of their servers; first's when both say the same.
+    Latest,
+    First,
+    Second,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
@@ -60,7 +70,7 @@ pub enum Takeover {
 impl Default for Options {
     fn default() -> Self {
         Options {
-            conflicts: "latest".into(),
+            conflicts: Policy::Latest,
             copy_workers: 2,
             chunk_rows: 10_000,
             fence: true,
@@ -74,13 +84,6 @@ impl Default for Options {
 impl Options {
     pub fn parse(text: &str) -> Result<Options, Problem> {
         let options: Options = serde_json::from_str(text).map_err(|e| Problem::new("options", e.to_string()))?;
-        if options.conflicts != "latest" {
-            return Err(Problem::new(
-                "options.conflicts",
-                format!("policy \"{}\" is not supported", options.conflicts),
-            )
-            .hint("The policy is \"latest\"."));
-        }
         if !(1..=32).contains(&options.copy_workers) {
             return Err(Problem::new("options.copy_workers", "is not between 1 and 32"));
         }
@@ -172,6 +175,8 @@ mod tests {
         assert!(Mapping::parse(r#"{"tables": [{"first": "a.b", "second": "c.d", "foreward": {}}]}"#).is_err());
         assert!(Options::parse(r#"{"takeover": "later"}"#).is_err());
         assert!(Options::parse(r#"{"copy_workers": 0}"#).is_err());
+        assert!(Options::parse(r#"{"conflicts": "third"}"#).is_err());
+        assert_eq!(Options::parse(r#"{"conflicts": "second"}"#).unwrap().conflicts, Policy::Second);
         assert_eq!(Options::parse("{}").unwrap().takeover, Takeover::Both);
     }
 

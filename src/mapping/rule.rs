@@ -70,6 +70,20 @@ impl Pair {
         self.backward.iter().find(|(c, _)| c == column).map(|(_, e)| e.as_str())
     }
 
+    /// The second server's column that stands for this one of first, as it is.
+    pub fn second_column(&self, column: &Ident) -> Option<Ident> {
+        let plain = |e: &str| parse_ident(e).as_ref() == Some(column);
+        let (name, _) = self.forward.iter().find(|(_, e)| plain(e))?;
+        self.second.column(name).map(|c| c.remote_name.clone())
+    }
+
+    /// First's column that stands for this one of the second server.
+    pub fn first_column(&self, remote: &Ident) -> Option<Ident> {
+        let column = self.second.columns.iter().find(|c| c.remote_name == *remote)?;
+        let plain = |e: &str| parse_ident(e).as_ref() == Some(&column.name);
+        self.backward.iter().find(|(_, e)| plain(e)).map(|(name, _)| name.clone())
+    }
+
     /// Every column of the first shape is a plain column of the second table, of the very same type:
     /// then a view over it is auto-updatable.
     pub fn is_plain_backward(&self) -> bool {

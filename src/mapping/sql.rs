@@ -159,7 +159,9 @@ pub struct StoreTable {
     read_key: Vec<(Ident, String)>,
     /// Columns written here, and the query that makes them of the rows that come in.
     written: Vec<Ident>,
-    incoming: String,
+    /// Columns that nothing maps to, with their types: a row that is deleted and inserted again keeps them.
+    unmapped: Vec<(Ident, String)>,
+    pub(super) incoming: String,
     key_needs_settings: bool,
 }
 
@@ -189,6 +191,10 @@ impl StoreTable {
             read_columns: writable(&pair.second).map(|c| c.name.clone()).collect(),
             read_key: second_key,
             written: pair.backward.iter().map(|(c, _)| c.clone()).collect(),
+            unmapped: writable(&pair.first)
+                .filter(|c| pair.backward_of(&c.name).is_none())
+                .map(|c| (c.name.clone(), c.cast_type.clone()))
+                .collect(),
             incoming: format!(
                 "SELECT {} FROM (SELECT {} FROM (SELECT r::text[] AS x FROM unnest($1::text[]) AS r OFFSET 0) AS rows OFFSET 0) AS {}",
                 made.join(", "),
@@ -220,6 +226,12 @@ impl StoreTable {
             read_from: remote.rel.clone(),
             read_columns: columns.clone(),
             read_key: key.clone(),
+            unmapped: remote
+                .columns
+                .iter()
+                .filter(|c| !c.generated && !columns.contains(&c.name))
+                .map(|c| (c.name.clone(), c.cast_type.clone()))
+                .collect(),
             written: columns,
             incoming: format!(
                 "SELECT {} FROM (SELECT r::text[] AS x FROM unnest($1::text[]) AS r OFFSET 0) AS rows",
@@ -291,6 +303,45 @@ impl StoreTable {
         )
     }
 
+    /// `(key, key columns and unmapped columns)` of the keys in `$1`; None where every column is mapped.
+    pub fn unmapped(&self) -> Option<String> {
+        if self.unmapped.is_empty() {
+            return None;
+        }
+        let names = self.key.iter().chain(&self.unmapped).map(|(c, _)| format!("t.{c}::text"));
+        let (from, _) = self.keyed(&self.rel, "t", &self.key, false);
+        Some(format!(
+            "SELECT {}, ARRAY[{}]::text {from}",
+            key_text("t", &self.key),
+            names.collect::<Vec<_>>().join(", ")
+        ))
+    }
+
+    /// Inserts those of the rows in `$1` (second shape) whose unmapped columns are in `$2`, with these.
+    pub fn insert_again(&self) -> String {
+        let columns: Vec<String> = self.written.iter().map(|c| c.to_string()).collect();
+        let kept: Vec<String> = self.unmapped.iter().map(|(c, _)| c.to_string()).collect();
+        let values: Vec<String> = self
+            .unmapped
+            .iter()
+            .enumerate()
+            .map(|(i, (_, ty))| format!("kept.x[{}]::{ty}", self.key.len() + i + 1))
+            .collect();
+        let on: Vec<String> =
+            self.key.iter().enumerate().map(|(i, (c, ty))| format!("coming.{c} = kept.x[{}]::{ty}", i + 1)).collect();
+        format!(
+            "INSERT INTO {} ({}, {}) OVERRIDING SYSTEM VALUE SELECT {}, {} FROM ({}) AS coming \
+             JOIN (SELECT r::text[] AS x FROM unnest($2::text[]) AS r OFFSET 0) AS kept ON {}",
+            self.rel,
+            columns.join(", "),
+            kept.join(", "),
+            columns.iter().map(|c| format!("coming.{c}")).collect::<Vec<_>>().join(", "),
+            values.join(", "),
+            self.incoming,
+            on.join(" AND ")
+        )
+    }
+
     /// COPY of rows in the second shape into this table (second store).
     pub fn copy_in(&self) -> String {
         let columns: Vec<String> = self.written.iter().map(|c| c.to_string()).collect();
@@ -326,7 +377,7 @@ impl StoreTable {
         )
     }
 
-    fn keyed(&self, rel: &RelName, alias: &str, key: &[(Ident, String)], whole: bool) -> (String, String) {
+    pub(super) fn keyed(&self, rel: &RelName, alias: &str, key: &[(Ident, String)], whole: bool) -> (String, String) {
         let order = order(alias, key);
         if whole {
             return (format!("FROM {rel} AS {alias}"), order);
@@ -459,7 +510,7 @@ fn needs_settings(table: &Table) -> bool {
     table.key.iter().filter_map(|k| table.column(k)).any(|c| text_depends_on_settings(c.type_oid))
 }
 
-fn key_text(alias: &str, key: &[(Ident, String)]) -> String {
+pub(super) fn key_text(alias: &str, key: &[(Ident, String)]) -> String {
     let columns: Vec<String> = key.iter().map(|(c, _)| format!("{alias}.{c}::text")).collect();
     format!("ARRAY[{}]::text", columns.join(", "))
 }

@@ -4,6 +4,7 @@
 //! [`Store`] is the protocol's view of it: a consistent snapshot, the changes since a watermark, rows derived for a
 //! scope, a batch applied, the watermark, the counter, the locks and the fence. One template serves both stores.
 
+pub mod constraints;
 pub mod libpq;
 pub mod local;
 pub mod postgres;
@@ -14,6 +15,7 @@ use std::time::{Duration, Instant};
 pub use libpq::Row;
 
 use crate::error::{Error, Result, Side};
+use crate::mapping::constraint::Constraints;
 use crate::mapping::sql::{Objects, StoreTable};
 use crate::mapping::text::array_literal;
 
@@ -104,6 +106,11 @@ impl Changes {
         self.keys.values().copied().chain(self.whole).min()
     }
 
+    /// When this row was changed last; 0 if it was not.
+    pub fn at(&self, key: &Key) -> Micros {
+        self.keys.get(key).copied().or(self.whole).unwrap_or(0)
+    }
+
     pub fn add(&mut self, key: Key, at: Micros) {
         let entry = self.keys.entry(key).or_insert(at);
         *entry = (*entry).max(at);
@@ -128,6 +135,10 @@ pub struct Derived {
 }
 
 impl Derived {
+    pub fn list(&self) -> Vec<(&Key, &str)> {
+        self.rows.iter().map(|(k, row)| (k, row.as_str())).collect()
+    }
+
     /// What to park for the rows that could not be derived.
     pub fn parked(refused: &BTreeMap<Key, String>, at: &dyn Fn(&Key) -> Micros) -> Vec<Owed> {
         let owed = |(key, error): (&Key, &String)| Owed {
@@ -145,9 +156,14 @@ pub struct Store<S: Session> {
     pub session: S,
     pub objects: Objects,
     pub tables: Vec<StoreTable>,
+    pub constraints: Constraints,
 }
 
 impl<S: Session> Store<S> {
+    pub fn new(session: S, objects: Objects) -> Store<S> {
+        Store { session, objects, tables: Vec::new(), constraints: Constraints::default() }
+    }
+
     pub fn side(&self) -> Side {
         self.session.side()
     }
@@ -351,7 +367,7 @@ impl<S: Session> Store<S> {
         }
     }
 
-    fn by_key(&mut self, sql: &str, keys: Option<&[&Key]>) -> Result<BTreeMap<Key, String>> {
+    pub(super) fn by_key(&mut self, sql: &str, keys: Option<&[&Key]>) -> Result<BTreeMap<Key, String>> {
         let keys = keys.map(array_literal);
         let params: Vec<Option<&str>> = keys.iter().map(|k| Some(k.as_str())).collect();
         let mut rows = BTreeMap::new();
