@@ -86,7 +86,9 @@ CREATE TABLE crossover.conflict (
     kept          text,
     first_image   jsonb,
     second_image  jsonb,
+    refused_by    text,                   -- the store that refuses a parked row
     error         text,
+    standing      jsonb,                  -- what stands since migration_resolve
     recorded_at   timestamptz NOT NULL DEFAULT clock_timestamp(),
     resolved_at   timestamptz,
     peer_id       bigint,                 -- its number on the second server, where a switch recorded it

@@ -37,7 +37,7 @@ ORDER BY m.name, t.index;
 COMMENT ON VIEW migration_progress IS 'how far the copy of each table is';
 
 CREATE VIEW migration_conflicts AS
-SELECT c.id, c.name, c.table_name, c.key, c.kind, c.kept, c.first_image, c.second_image, c.error, c.recorded_at, c.resolved_at
+SELECT c.id, c.name, c.table_name, c.key, c.kind, c.kept, c.first_image, c.second_image, c.refused_by, c.error, c.recorded_at, c.resolved_at
 FROM crossover.conflict c JOIN crossover.migration m USING (name)
 WHERE crossover.visible(m.owner)
 ORDER BY c.id;

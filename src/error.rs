@@ -100,6 +100,10 @@ pub enum Error {
     Diverged { name: String, detail: String },
     #[error("pg_crossover is not loaded by shared_preload_libraries")]
     NotPreloaded,
+    #[error("conflict {conflict} does not exist")]
+    UnknownConflict { conflict: i64 },
+    #[error("the row of conflict {conflict} is refused again")]
+    StillParked { conflict: i64, detail: String },
     #[error("migrations cannot be controlled on a standby")]
     InRecovery,
     #[error("could not start a background worker")]
@@ -131,7 +135,8 @@ impl Error {
             Error::PasswordRequired => "2F003".into(),
             Error::Transition { .. } | Error::WrongState { .. } | Error::Parked { .. } => "55000".into(),
             Error::Diverged { .. } | Error::NotPreloaded => "55000".into(),
-            Error::UnknownMigration { .. } => "42704".into(),
+            Error::StillParked { .. } => "55000".into(),
+            Error::UnknownMigration { .. } | Error::UnknownConflict { .. } => "42704".into(),
             Error::NameTaken { .. } => "42710".into(),
             Error::Mapping { .. } | Error::BadArgument { .. } => "22023".into(),
             Error::LockTimeout { .. } | Error::LockNotAvailable => "55P03".into(),
@@ -161,9 +166,10 @@ impl Error {
             Error::LockTimeout { in_the_way, .. } if !in_the_way.holders.is_empty() => {
                 Some(format!("In the way:\n{}", in_the_way.holders.join("\n")))
             }
-            Error::Timeout { detail, .. } | Error::Backlog { detail, .. } | Error::Diverged { detail, .. } => {
-                Some(detail.clone())
-            }
+            Error::Timeout { detail, .. }
+            | Error::Backlog { detail, .. }
+            | Error::Diverged { detail, .. }
+            | Error::StillParked { detail, .. } => Some(detail.clone()),
             _ => None,
         }
     }
@@ -182,6 +188,13 @@ impl Error {
                 "A migration owned by a role that is not a superuser needs a password in the user mapping, and a second server that asks for it.".into()
             }
             Error::UnknownMigration { .. } => "SELECT name, state FROM migration_status lists the migrations of this database.".into(),
+            Error::UnknownConflict { .. } => {
+                "SELECT id, name, table_name, key, kind FROM migration_conflicts lists them.".into()
+            }
+            Error::StillParked { .. } => {
+                "Change the row on its own store, or the constraint that refuses it; or keep the other store's row."
+                    .into()
+            }
             Error::NameTaken { .. } => "Choose another name, or end the other migration with migration_finish or migration_cancel.".into(),
             Error::Mapping { .. } => "Nothing was changed. Correct the mapping and call migration_start again.".into(),
             Error::LockTimeout { .. } => {

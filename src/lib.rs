@@ -18,6 +18,8 @@ mod fault;
 mod isolation;
 mod lock;
 mod mapping;
+mod parked;
+mod resolve;
 mod route;
 mod settings;
 mod setup;

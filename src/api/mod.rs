@@ -118,6 +118,29 @@ fn migration_resume(name: &str) -> migration_state {
     or_report(request(name, "resume", serde_json::json!({}), &seconds(30.0), None))
 }
 
+/// Decides a recorded conflict anew, or has a parked row tried again; returns the image that stands now.
+#[pg_extern]
+fn migration_resolve(conflict: i64, keep: &str) -> Option<JsonB> {
+    let resolved = (|| {
+        if !matches!(keep, "first" | "second") {
+            return Err(Error::BadArgument {
+                message: format!("\"{keep}\" is not a store"),
+                hint: "keep is 'first' or 'second'.".into(),
+            });
+        }
+        let entry = look(&format!("SELECT name FROM crossover.conflict WHERE id = {conflict}"))?;
+        let name = entry.first().and_then(|r| r[0].clone()).ok_or(Error::UnknownConflict { conflict })?;
+        let arguments = serde_json::json!({ "conflict": conflict, "keep": keep });
+        request(&name, "resolve", arguments, &seconds(30.0), None)?;
+        let standing = look(&format!("SELECT standing::text FROM crossover.conflict WHERE id = {conflict}"))?;
+        Ok(standing.into_iter().next().and_then(|mut r| r.pop().flatten()))
+    })();
+    match resolved {
+        Ok(image) => image.and_then(|text| serde_json::from_str(&text).ok()).map(JsonB),
+        Err(e) => report(&e),
+    }
+}
+
 /// Ends a migration that is in state second: the views stay, replication goes.
 #[pg_extern]
 fn migration_finish(

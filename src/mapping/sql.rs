@@ -303,6 +303,21 @@ impl StoreTable {
         )
     }
 
+    /// Writes the row that is `$1` as jsonb, all of its columns.
+    pub fn put_image(&self) -> String {
+        let key: Vec<String> = self.key.iter().map(|(c, _)| c.to_string()).collect();
+        let columns: Vec<&Ident> = self.written.iter().chain(self.unmapped.iter().map(|(c, _)| c)).collect();
+        let list = columns.iter().map(|c| c.to_string()).collect::<Vec<_>>().join(", ");
+        let set: Vec<String> = columns.iter().map(|c| format!("{c} = EXCLUDED.{c}")).collect();
+        format!(
+            "INSERT INTO {rel} ({list}) OVERRIDING SYSTEM VALUE SELECT {list} FROM jsonb_populate_record(NULL::{rel}, $1::text::jsonb) \
+             ON CONFLICT ({}) DO UPDATE SET {}",
+            key.join(", "),
+            set.join(", "),
+            rel = self.rel,
+        )
+    }
+
     /// `(key, key columns and unmapped columns)` of the keys in `$1`; None where every column is mapped.
     pub fn unmapped(&self) -> Option<String> {
         if self.unmapped.is_empty() {

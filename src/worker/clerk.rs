@@ -202,9 +202,11 @@ fn file_in(session: &mut LocalSession, request: &Request) -> Result<(i64, u32, i
             &[Some(&request.name), Some(&start.owner.to_string()), Some(&start.mapping), Some(&start.options)],
         )?;
     }
+    let answer = answer_of_the_past(session, request)?;
+    let status = if answer.is_some() { "done" } else { "queued" };
     let rows = session.query(
-        "INSERT INTO crossover.request (migration_id, kind, arguments, who, caller_pid, deadline) \
-         SELECT id, $2::text, $3::text::jsonb, $4::text, $5::text::int, clock_timestamp() + make_interval(secs => $6::text::float8) \
+        "INSERT INTO crossover.request (migration_id, kind, arguments, who, caller_pid, deadline, status, answer) \
+         SELECT id, $2::text, $3::text::jsonb, $4::text, $5::text::int, clock_timestamp() + make_interval(secs => $6::text::float8), $7::text, $8::text::jsonb \
          FROM crossover.migration WHERE name = $1::text RETURNING id, (SELECT owner::int8 FROM crossover.migration m WHERE m.id = migration_id), migration_id",
         &[
             Some(&request.name),
@@ -213,9 +215,32 @@ fn file_in(session: &mut LocalSession, request: &Request) -> Result<(i64, u32, i
             Some(&request.who),
             Some(&request.caller_pid.to_string()),
             Some(&request.timeout.to_string()),
+            Some(status),
+            answer.as_deref(),
         ],
     )?;
     let Some(row) = rows.first() else { return Err(Error::UnknownMigration { name: request.name.clone() }) };
     let field = |i: usize| row[i].as_deref().unwrap_or("");
     Ok((parse(field(0))?, parse(field(1))?, parse(field(2))?))
+}
+
+/// A migration that has ended has no worker to ask: the answer, where it is what was asked for.
+///
+/// # Errors
+/// `WrongState` where it is not.
+fn answer_of_the_past(session: &mut LocalSession, request: &Request) -> Result<Option<String>> {
+    let rows = session.query(
+        "SELECT state FROM crossover.migration WHERE name = $1::text AND phase = 'done' AND state IN ('finished', 'cancelled')",
+        &[Some(&request.name)],
+    )?;
+    let Some(state) = rows.first().and_then(|r| r[0].as_deref()) else { return Ok(None) };
+    if matches!((request.kind.as_str(), state), ("wait", _) | ("finish", "finished") | ("cancel", "cancelled")) {
+        return Ok(Some(serde_json::json!({ "state": state }).to_string()));
+    }
+    Err(Error::WrongState {
+        name: request.name.clone(),
+        action: "go on",
+        state: parse(state)?,
+        hint: "It has ended; migration_start begins another one.",
+    })
 }

@@ -13,8 +13,10 @@ use crate::context::Context;
 use crate::copy;
 use crate::cycle::{self, Outcome};
 use crate::ending;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, Side};
 use crate::lock::{Patience, wait_latch};
+use crate::parked;
+use crate::resolve;
 use crate::settings;
 use crate::setup;
 use crate::state::{Phase, State};
@@ -293,7 +295,7 @@ impl Worker {
             self.ctx.rollback_all();
             switch::show_waiting(&mut self.ctx, None)?;
             if matches!(result, Err(Error::Parked { .. })) {
-                self.list_parked()?;
+                parked::list(&mut self.ctx)?;
             }
             let started = field(1) == "start";
             if started && result.is_err() {
@@ -332,6 +334,15 @@ impl Worker {
                 }
                 self.retry_at = None;
                 Ok(())
+            }
+            "resolve" => {
+                self.resumed_only("resolve a conflict")?;
+                let keep = if arguments["keep"] == "second" { Side::Second } else { Side::First };
+                let conflict = arguments["conflict"].as_i64().unwrap_or(0);
+                let result = resolve::resolve(&mut self.ctx, conflict, keep, &order.patience);
+                self.ctx.rollback_all();
+                parked::list(&mut self.ctx)?;
+                result
             }
             "finish" => {
                 ending::finish(&mut self.ctx, order, arguments["drop_first"].as_bool().unwrap_or(false))?;
@@ -393,7 +404,7 @@ impl Worker {
         let outcome = cycle::run(&mut self.ctx, true)?;
         self.figures(&outcome)?;
         if outcome.parked > 0 {
-            self.list_parked()?;
+            parked::list(&mut self.ctx)?;
             return Ok(Some(Err(Error::Parked {
                 name: self.ctx.migration.name.clone(),
                 count: outcome.parked as i64,
@@ -515,59 +526,10 @@ impl Worker {
         if self.ctx.second.is_some() && self.ctx.migration.state != State::Copying {
             ending::bring_conflicts_home(&mut self.ctx)?;
         }
-        if outcome.parked > 0 || self.had_error || self.parked_listed() {
-            self.list_parked()?;
+        if outcome.parked > 0 || self.had_error || parked::are_listed(&mut self.ctx) {
+            parked::list(&mut self.ctx)?;
         }
         Ok(())
-    }
-
-    fn parked_listed(&mut self) -> bool {
-        let name = self.ctx.migration.name.clone();
-        let rows = self.ctx.first.session.read(
-            "SELECT EXISTS (SELECT FROM crossover.conflict WHERE name = $1::text AND kind = 'parked' AND resolved_at IS NULL)",
-            &[Some(&name)],
-        );
-        rows.is_ok_and(|r| r[0][0].as_deref() == Some("t"))
-    }
-
-    /// `migration_conflicts` shows what the stores refuse now, and since when a row that it refused is in.
-    fn list_parked(&mut self) -> Result<()> {
-        let names: Vec<String> = self.ctx.pairs.iter().map(|p| p.first.rel.to_string()).collect();
-        let name = self.ctx.migration.name.clone();
-        let Ok((first, second)) = self.ctx.stores() else { return Ok(()) };
-        let mut parked = Vec::new();
-        for (i, owed) in second.owed()?.into_iter().enumerate() {
-            parked.extend(owed.into_iter().filter(|o| o.error.is_some()).map(|o| (names[i].clone(), o)));
-        }
-        first.session.begin(Isolation::ReadCommitted, &[])?;
-        let result = (|| {
-            for (i, owed) in first.owed()?.into_iter().enumerate() {
-                parked.extend(owed.into_iter().filter(|o| o.error.is_some()).map(|o| (names[i].clone(), o)));
-            }
-            let keys = crate::mapping::text::array_literal(parked.iter().map(|(t, o)| format!("{t} {}", o.key)));
-            first.session.admin_execute(
-                "UPDATE crossover.conflict SET resolved_at = clock_timestamp() WHERE name = $1::text AND kind = 'parked' AND resolved_at IS NULL \
-                 AND table_name || ' ' || key <> ALL ($2::text[])",
-                &[Some(&name), Some(&keys)],
-            )?;
-            for (table, o) in &parked {
-                first.session.admin_execute(
-                    "UPDATE crossover.conflict SET error = $4::text, first_image = to_jsonb($5::text) WHERE name = $1::text AND table_name = $2::text AND key = $3::text \
-                     AND kind = 'parked' AND resolved_at IS NULL AND (error, first_image) IS DISTINCT FROM ($4::text, to_jsonb($5::text))",
-                    &[Some(&name), Some(table), Some(&o.key), o.error.as_deref(), o.image.as_deref()],
-                )?;
-                first.session.admin_execute(
-                    "INSERT INTO crossover.conflict (name, table_name, key, kind, error, first_image) SELECT $1::text, $2::text, $3::text, 'parked', $4::text, to_jsonb($5::text) \
-                     WHERE NOT EXISTS (SELECT FROM crossover.conflict WHERE name = $1::text AND table_name = $2::text AND key = $3::text AND kind = 'parked' AND resolved_at IS NULL)",
-                    &[Some(&name), Some(table), Some(&o.key), o.error.as_deref(), o.image.as_deref()],
-                )?;
-            }
-            first.session.commit()
-        })();
-        if result.is_err() {
-            first.session.rollback();
-        }
-        result
     }
 
     /// Empties consumed logs on both stores, and forgets old requests.
