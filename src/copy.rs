@@ -14,7 +14,7 @@ use crate::cycle::write::Writer;
 use crate::error::{Error, Result};
 use crate::fault;
 use crate::mapping::text::copy_line;
-use crate::store::{Derived, Isolation, Session, parse};
+use crate::store::{Derived, Isolation, Owed, Session, parse};
 
 /// Bytes collected before they are handed to the connection.
 const BUFFER: usize = 64 * 1024;
@@ -253,6 +253,25 @@ pub fn analyze(ctx: &mut Context) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// COPY runs in replica mode, which checks neither foreign keys nor deferrable constraints: the rows that violate one which first has not
+/// are owed, so that the next cycle takes them out and parks them. Returns how many.
+pub fn owe_violations(ctx: &mut Context) -> Result<usize> {
+    ctx.refresh_constraints()?;
+    let (_, second) = ctx.stores()?;
+    second.session.set_patience(ANALYZE_PATIENCE);
+    let mut found = 0;
+    second.session.begin(Isolation::ReadCommitted, &[])?;
+    let owed = second.owed()?;
+    for (i, owed) in owed.into_iter().enumerate() {
+        let keys = second.violations(i)?.into_iter().filter(|k| !owed.iter().any(|o| o.key == *k));
+        let new: Vec<Owed> = keys.map(|key| Owed { key, at: 0, error: None, image: None }).collect();
+        second.set_owed(i, &[], &new)?;
+        found += new.len();
+    }
+    second.session.commit()?;
+    Ok(found)
 }
 
 /// Marks the copy as complete: from now on its backlog is applied.

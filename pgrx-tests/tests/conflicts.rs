@@ -258,6 +258,45 @@ fn a_row_that_something_outside_refers_to_is_not_deleted_under_it() {
     migration.cancel();
 }
 
+#[test]
+fn rows_that_only_the_second_store_refuses_are_parked_by_the_copy_and_after_it() {
+    let pair = Pair::new();
+    pair.first.sql(
+        "CREATE TABLE master (id integer PRIMARY KEY, code integer); CREATE TABLE detail (id integer PRIMARY KEY, master integer);
+         INSERT INTO master VALUES (1, 1), (2, 2), (3, 2); INSERT INTO detail VALUES (1, 1), (2, 99), (3, NULL)",
+    );
+    pair.second_store(
+        "strict",
+        "CREATE TABLE master (id integer PRIMARY KEY, code integer UNIQUE DEFERRABLE);
+         CREATE TABLE detail (id integer PRIMARY KEY, master integer REFERENCES master)",
+    );
+    let mapping = json!({"tables": [
+        {"first": "public.master", "second": "strict.master"}, {"first": "public.detail", "second": "strict.detail"}]});
+    let migration = Migration::start(&pair, "strict", &mapping);
+    migration.until_state("first");
+    let stored = || {
+        let sql = "SELECT 'm' || id || '.' || code FROM strict.master UNION ALL SELECT 'd' || id FROM strict.detail ORDER BY 1";
+        pair.second.list(sql)
+    };
+    // One of the two that share a value.
+    assert!(
+        matches!(stored().iter().map(String::as_str).collect::<Vec<_>>()[..], ["d1", "d3", "m1.1", "m2.2" | "m3.2"]),
+        "{:?}",
+        stored()
+    );
+    pair.first.sql("INSERT INTO detail VALUES (4, 77); INSERT INTO master VALUES (4, 1)");
+    until("four rows are parked", SOON, || {
+        migration.conflicts().iter().filter(|c| c["kind"] == "parked" && c["resolved_at"].is_null()).count() == 4
+    });
+    migration.try_set_state("both", Duration::from_secs(5)).expect_err("parked rows");
+    pair.first.sql("INSERT INTO master VALUES (99, 9), (77, 7); UPDATE master SET code = id");
+    migration.settle();
+    assert_eq!(stored(), ["d1", "d2", "d3", "d4", "m1.1", "m2.2", "m3.3", "m4.4", "m77.77", "m99.99"]);
+    migration.set_state("both");
+    migration.walk(&["first"]);
+    migration.cancel();
+}
+
 /// Tokens that clients were told are in, and tokens that they were told are gone.
 type Ledger = Arc<Mutex<(BTreeSet<String>, BTreeSet<String>)>>;
 

@@ -75,6 +75,20 @@ impl Unique {
         self.predicate.is_none() && columns.is_some_and(|c| c.len() == key.len() && key.iter().all(|k| c.contains(k)))
     }
 
+    /// The keys of rows that have the same value as another one.
+    pub fn repeated(&self, table: &StoreTable) -> String {
+        let predicate = self.predicate.as_ref().map_or(String::new(), |p| format!(" WHERE {p}"));
+        let values = self.expressions.iter().map(|e| format!("({e})")).collect::<Vec<_>>().join(", ");
+        let distinct = if self.nulls_not_distinct { "true".into() } else { format!("num_nulls({values}) = 0") };
+        format!(
+            "SELECT crossover_key FROM (SELECT {key} AS crossover_key, {distinct} AND count(*) OVER (PARTITION BY {values}) > 1 AS crossover_more \
+             FROM {rel} AS {name}{predicate}) AS crossover_t WHERE crossover_more",
+            key = key_text(&table.rel.name.to_string(), &table.key),
+            rel = table.rel,
+            name = table.rel.name,
+        )
+    }
+
     /// `(key of a row in $1, key of another row here)` where both have the same value. `$1`: rows in the second shape.
     pub fn in_the_way(&self, table: &StoreTable) -> String {
         let values = |alias: &str| {
@@ -190,6 +204,20 @@ impl Reference {
             on.join(" AND "),
             self.referring(child, &parent_key),
             self.not_null(),
+        )
+    }
+
+    /// The keys of all children that have no parent.
+    pub fn dangling(&self, child: &StoreTable, parent: Option<&StoreTable>) -> String {
+        let on: Vec<String> = self.columns.iter().map(|(c, p)| format!("crossover_p.{p} = crossover_c.{c}")).collect();
+        let there: Vec<String> = self.columns.iter().map(|(c, _)| format!("crossover_c.{c} IS NOT NULL")).collect();
+        format!(
+            "SELECT {} FROM {} AS crossover_c WHERE {} AND NOT EXISTS (SELECT FROM {} AS crossover_p WHERE {})",
+            key_text("crossover_c", &child.key),
+            child.rel,
+            there.join(" AND "),
+            parent.map_or(&self.parent, |p| &p.rel),
+            on.join(" AND ")
         )
     }
 

@@ -90,6 +90,20 @@ impl<S: Session> Store<S> {
         Ok(orphans)
     }
 
+    /// The keys of all rows of a table that violate what replica mode does not check, as far as the other store has not the same.
+    pub fn violations(&mut self, index: usize) -> Result<Vec<Key>> {
+        let references = self.constraints.parents_of(index).into_iter().filter(|r| !r.mirrored);
+        let dangling = references.map(|r| r.dangling(&self.tables[index], r.parent_index.map(|p| &self.tables[p])));
+        let uniques = self.constraints.uniques.get(index).into_iter().flatten().filter(|u| u.deferrable);
+        let repeated = uniques.map(|u| u.repeated(&self.tables[index]));
+        let queries: Vec<String> = dangling.chain(repeated).collect();
+        let mut keys = BTreeSet::new();
+        for sql in queries {
+            keys.extend(self.session.query(&sql, &[])?.into_iter().filter_map(|mut r| r.pop().flatten()));
+        }
+        Ok(keys.into_iter().collect())
+    }
+
     /// Writes `rows`, of which the `displaced` are deleted before, so that their unique values are free; None: the row is to go.
     /// Columns that nothing maps to keep their values.
     pub fn replace(

@@ -539,8 +539,11 @@ impl Session for LocalSession {
     fn flush(&mut self, counter: &str) -> Result<i64> {
         if self.in_transaction {
             // The transaction that holds the switch's locks cannot commit a counter; its WAL can be flushed all the same.
-            // SAFETY: flushes what has been inserted so far.
-            catch(|| unsafe { pg_sys::XLogFlush(pg_sys::GetXLogInsertRecPtr()) })?;
+            // SAFETY: flushes what has been inserted so far; wal_segment_size is set at the server's start.
+            catch(|| unsafe {
+                let end = end_of_wal(pg_sys::GetXLogInsertRecPtr(), pg_sys::wal_segment_size as u64);
+                pg_sys::XLogFlush(end);
+            })?;
             let rows = self.admin_query(&format!("SELECT n FROM {counter}"), &[])?;
             return parse(rows.first().and_then(|r| r[0].as_deref()).unwrap_or("0"));
         }
@@ -557,6 +560,16 @@ impl Session for LocalSession {
             }
         }
     }
+}
+
+/// Where the WAL ends that has been inserted, given where the next record will begin: past a page's header, if a page has just been filled,
+/// which is further than anybody can flush.
+fn end_of_wal(next: u64, segment: u64) -> u64 {
+    // SizeOfXLogShortPHD, and SizeOfXLogLongPHD on the first page of a segment.
+    const HEADERS: (u64, u64) = (24, 40);
+    let page = u64::from(pg_sys::XLOG_BLCKSZ);
+    let header = if next % segment < page { HEADERS.1 } else { HEADERS.0 };
+    if next % page == header { next - header } else { next }
 }
 
 /// Whole milliseconds for a setting; at least one unless it is zero (which turns a timeout off).
@@ -593,4 +606,19 @@ pub fn look(sql: &str) -> Result<Vec<Row>> {
             found
         }
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::end_of_wal;
+
+    #[test]
+    fn the_wal_ends_before_the_header_of_an_empty_page() {
+        const SEGMENT: u64 = 16 << 20;
+        assert_eq!(end_of_wal(0x0F33_8018, SEGMENT), 0x0F33_8000);
+        assert_eq!(end_of_wal(0x0F00_0028, SEGMENT), 0x0F00_0000);
+        for position in [0x0F33_8017, 0x0F33_8019, 0x0F33_8028, 0x0F33_9FF0, 0x0F00_0029] {
+            assert_eq!(end_of_wal(position, SEGMENT), position);
+        }
+    }
 }

@@ -215,6 +215,9 @@ impl Worker {
             switch::fence_pending(&mut self.ctx, &order)?;
         }
         if phase == Phase::CatchingUp && outcome.scopes < CAUGHT_UP && outcome.contended == 0 {
+            if copy::owe_violations(&mut self.ctx)? > 0 {
+                return Ok(Next::Again);
+            }
             copy::analyze(&mut self.ctx)?;
             copy::enter_first(&mut self.ctx, self.copied)?;
         }
