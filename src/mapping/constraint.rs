@@ -143,116 +143,97 @@ impl Reference {
         Some(format!("ARRAY[{}]::text", columns?.join(", ")))
     }
 
+    /// `item` for each pair of columns: its number, the child's, the parent's.
+    fn each(&self, separator: &str, item: impl Fn(usize, &Ident, &Ident) -> String) -> String {
+        let items = self.columns.iter().enumerate().map(|(i, (child, parent))| item(i, child, parent));
+        items.collect::<Vec<_>>().join(separator)
+    }
+
     /// `(key of a parent, key of a child that refers to it, or NULL for a child outside)` for the parents in `$1`.
     pub fn children(&self, parent: &StoreTable, child: Option<&StoreTable>) -> String {
-        let values: Vec<String> =
-            self.columns.iter().enumerate().map(|(i, (_, p))| format!("crossover_p.{p} AS crossover_v{i}")).collect();
-        let on: Vec<String> = self
-            .columns
-            .iter()
-            .enumerate()
-            .map(|(i, (c, _))| format!("crossover_c.{c} = crossover_q.crossover_v{i}"))
-            .collect();
         let (from, _) = parent.keyed(&parent.rel, "crossover_p", &parent.key, false);
         format!(
             "SELECT DISTINCT crossover_q.crossover_key, {child_key} FROM (SELECT {key} AS crossover_key, {values} {from}) AS crossover_q \
              JOIN {child} AS crossover_c ON {on}",
-            child_key = child.map_or("NULL".to_string(), |c| key_text("crossover_c", &c.key)),
+            child_key = child_key(child),
             key = key_text("crossover_p", &parent.key),
-            values = values.join(", "),
+            values = self.each(", ", |i, _, p| format!("crossover_p.{p} AS crossover_v{i}")),
             child = child.map_or(&self.child, |c| &c.rel),
-            on = on.join(" AND "),
+            on = self.each(" AND ", |i, c, _| format!("crossover_c.{c} = crossover_q.crossover_v{i}")),
         )
     }
 
     /// As [`Reference::children`] for parents that the rows in `$1` (second shape) overwrite, where no such row has any more what the
     /// child refers to.
     pub fn children_left(&self, parent: &StoreTable, child: Option<&StoreTable>) -> String {
-        let same_key: Vec<String> =
-            parent.key.iter().map(|(k, _)| format!("crossover_p.{k} = crossover_i.{k}")).collect();
-        let equals = |alias: &str| -> String {
-            let list: Vec<String> =
-                self.columns.iter().map(|(c, p)| format!("crossover_c.{c} = {alias}.{p}")).collect();
-            list.join(" AND ")
-        };
+        let same_key = parent.key.iter().map(|(k, _)| format!("crossover_p.{k} = crossover_i.{k}"));
+        let refers = |alias: &str| self.each(" AND ", |_, c, p| format!("crossover_c.{c} = {alias}.{p}"));
         format!(
             "WITH crossover_i AS MATERIALIZED ({incoming}) SELECT DISTINCT {key}, {child_key} FROM crossover_i JOIN {parent} AS crossover_p ON {same_key} \
              JOIN {child} AS crossover_c ON {refers} WHERE NOT EXISTS (SELECT FROM crossover_i AS crossover_n WHERE {stays})",
             incoming = parent.incoming,
             key = key_text("crossover_p", &parent.key),
-            child_key = child.map_or("NULL".to_string(), |c| key_text("crossover_c", &c.key)),
+            child_key = child_key(child),
             parent = parent.rel,
-            same_key = same_key.join(" AND "),
+            same_key = same_key.collect::<Vec<_>>().join(" AND "),
             child = child.map_or(&self.child, |c| &c.rel),
-            refers = equals("crossover_p"),
-            stays = equals("crossover_n"),
+            refers = refers("crossover_p"),
+            stays = refers("crossover_n"),
         )
     }
 
     /// `(key of a child in $1, its parent's key where the child's columns tell it, whether the parent is there)` for those that refer to one.
     pub fn parents(&self, child: &StoreTable, parent: Option<&StoreTable>) -> String {
         let parent_key = parent.and_then(|p| self.parent_key(p, "crossover_c")).unwrap_or_else(|| "NULL".into());
-        let on: Vec<String> = self
-            .columns
-            .iter()
-            .enumerate()
-            .map(|(i, (_, p))| format!("crossover_p.{p} = crossover_q.crossover_v{i}"))
-            .collect();
         format!(
-            "SELECT crossover_q.crossover_key, crossover_q.crossover_parent, EXISTS (SELECT FROM {} AS crossover_p WHERE {}) FROM ({}) AS crossover_q WHERE {}",
-            parent.map_or(&self.parent, |p| &p.rel),
-            on.join(" AND "),
-            self.referring(child, &parent_key),
-            self.not_null(),
-        )
-    }
-
-    /// The keys of all children that have no parent.
-    pub fn dangling(&self, child: &StoreTable, parent: Option<&StoreTable>) -> String {
-        let on: Vec<String> = self.columns.iter().map(|(c, p)| format!("crossover_p.{p} = crossover_c.{c}")).collect();
-        let there: Vec<String> = self.columns.iter().map(|(c, _)| format!("crossover_c.{c} IS NOT NULL")).collect();
-        format!(
-            "SELECT {} FROM {} AS crossover_c WHERE {} AND NOT EXISTS (SELECT FROM {} AS crossover_p WHERE {})",
-            key_text("crossover_c", &child.key),
-            child.rel,
-            there.join(" AND "),
-            parent.map_or(&self.parent, |p| &p.rel),
-            on.join(" AND ")
+            "SELECT crossover_q.crossover_key, crossover_q.crossover_parent, EXISTS (SELECT FROM {parent} AS crossover_p WHERE {on}) \
+             FROM ({referring}) AS crossover_q WHERE {there}",
+            parent = parent.map_or(&self.parent, |p| &p.rel),
+            on = self.parent_of_row(),
+            referring = self.referring(child, &parent_key),
+            there = self.each(" AND ", |i, _, _| format!("crossover_q.crossover_v{i} IS NOT NULL")),
         )
     }
 
     /// Locks the parents of the children in `$1`, as PostgreSQL's own check does; returns the children whose parent is locked now.
     pub fn lock_parents(&self, child: &StoreTable, parent: Option<&StoreTable>) -> String {
-        let on: Vec<String> = self
-            .columns
-            .iter()
-            .enumerate()
-            .map(|(i, (_, p))| format!("crossover_p.{p} = crossover_q.crossover_v{i}"))
-            .collect();
         format!(
-            "SELECT crossover_q.crossover_key FROM ({}) AS crossover_q JOIN {} AS crossover_p ON {} FOR KEY SHARE OF crossover_p SKIP LOCKED",
-            self.referring(child, "NULL"),
-            parent.map_or(&self.parent, |p| &p.rel),
-            on.join(" AND "),
+            "SELECT crossover_q.crossover_key FROM ({referring}) AS crossover_q JOIN {parent} AS crossover_p ON {on} \
+             FOR KEY SHARE OF crossover_p SKIP LOCKED",
+            referring = self.referring(child, "NULL"),
+            parent = parent.map_or(&self.parent, |p| &p.rel),
+            on = self.parent_of_row(),
         )
+    }
+
+    /// The keys of all children that have no parent.
+    pub fn dangling(&self, child: &StoreTable, parent: Option<&StoreTable>) -> String {
+        format!(
+            "SELECT {key} FROM {child} AS crossover_c WHERE {there} AND NOT EXISTS (SELECT FROM {parent} AS crossover_p WHERE {on})",
+            key = key_text("crossover_c", &child.key),
+            child = child.rel,
+            there = self.each(" AND ", |_, c, _| format!("crossover_c.{c} IS NOT NULL")),
+            parent = parent.map_or(&self.parent, |p| &p.rel),
+            on = self.each(" AND ", |_, c, p| format!("crossover_p.{p} = crossover_c.{c}")),
+        )
+    }
+
+    fn parent_of_row(&self) -> String {
+        self.each(" AND ", |i, _, p| format!("crossover_p.{p} = crossover_q.crossover_v{i}"))
     }
 
     fn referring(&self, child: &StoreTable, parent_key: &str) -> String {
-        let values: Vec<String> =
-            self.columns.iter().enumerate().map(|(i, (c, _))| format!("crossover_c.{c} AS crossover_v{i}")).collect();
         let (from, _) = child.keyed(&child.rel, "crossover_c", &child.key, false);
         format!(
-            "SELECT {} AS crossover_key, {parent_key} AS crossover_parent, {} {from}",
-            key_text("crossover_c", &child.key),
-            values.join(", ")
+            "SELECT {key} AS crossover_key, {parent_key} AS crossover_parent, {values} {from}",
+            key = key_text("crossover_c", &child.key),
+            values = self.each(", ", |i, c, _| format!("crossover_c.{c} AS crossover_v{i}")),
         )
     }
+}
 
-    fn not_null(&self) -> String {
-        let columns: Vec<String> =
-            (0..self.columns.len()).map(|i| format!("crossover_q.crossover_v{i} IS NOT NULL")).collect();
-        columns.join(" AND ")
-    }
+fn child_key(child: Option<&StoreTable>) -> String {
+    child.map_or_else(|| "NULL".to_string(), |c| key_text("crossover_c", &c.key))
 }
 
 #[cfg(test)]
