@@ -25,7 +25,14 @@ impl Scope {
         Scope::Keys(BTreeSet::new())
     }
 
-    pub fn insert(&mut self, key: Key) {
+    fn has(&self, key: &Key) -> bool {
+        match self {
+            Scope::Keys(keys) => keys.contains(key),
+            Scope::Whole => true,
+        }
+    }
+
+    fn insert(&mut self, key: Key) {
         if let Scope::Keys(keys) = self {
             keys.insert(key);
         }
@@ -57,6 +64,17 @@ impl Decision {
             (Scope::Whole, _) => Some(Side::First),
             (_, Scope::Whole) => Some(Side::Second),
             _ => None,
+        }
+    }
+
+    /// `side`'s row is written as well, unless the other's is.
+    pub fn take_along(&mut self, key: &Key, side: Side) {
+        let (to, other) = match side {
+            Side::First => (&mut self.forward, &self.backward),
+            Side::Second => (&mut self.backward, &self.forward),
+        };
+        if !other.has(key) {
+            to.insert(key.clone());
         }
     }
 

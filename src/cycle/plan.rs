@@ -44,10 +44,10 @@ impl Plan {
         loop {
             let mut decisions = decide(policy, &forward.changes, &backward.changes, &links);
             for (table, key) in &stale[0] {
-                decisions[*table].forward.insert(key.clone());
+                decisions[*table].take_along(key, Side::First);
             }
             for (table, key) in &stale[1] {
-                decisions[*table].backward.insert(key.clone());
+                decisions[*table].take_along(key, Side::Second);
             }
             let (mut rows_forward, mut rows_backward) = (Vec::new(), Vec::new());
             for (i, decision) in decisions.iter().enumerate() {
@@ -56,10 +56,10 @@ impl Plan {
             }
             let mut news = false;
             for (mine, other) in collisions(second, &rows_forward)? {
-                news |= join(&mut links, &mut stale[0], mine, other, &mut backward);
+                news |= join(&mut links, &mut stale[0], mine, other, &mut backward, &rows_backward);
             }
             for (mine, other) in collisions(first, &rows_backward)? {
-                news |= join(&mut links, &mut stale[1], mine, other, &mut forward);
+                news |= join(&mut links, &mut stale[1], mine, other, &mut forward, &rows_forward);
             }
             if news {
                 continue;
@@ -224,21 +224,22 @@ fn collisions<S: Session>(store: &mut Store<S>, rows: &[Rows]) -> Result<Vec<(No
     Ok(found)
 }
 
-/// Takes a collision into the decision: with a row that was changed over there it is a conflict; one that nobody has changed there is what
-/// the other store says of it. False if that was known.
+/// Takes a collision into the decision: with a row that was changed over there, or that goes the opposite way with others, it is a conflict;
+/// one that nobody has changed there is what the other store says of it. False if that was known.
 fn join(
     links: &mut BTreeSet<(Node, Node)>,
     stale: &mut BTreeSet<Node>,
     mine: Node,
     other: Node,
     opposite: &mut Incoming,
+    opposite_rows: &[Rows],
 ) -> bool {
     let (table, key) = &other;
     if let Some(owed) = opposite.owed[*table].iter().find(|o| o.key == *key) {
         opposite.changes[*table].add(key.clone(), owed.at);
     }
     let changes = &opposite.changes[*table];
-    if changes.whole.is_some() || changes.keys.contains_key(key) {
+    if changes.whole.is_some() || changes.keys.contains_key(key) || opposite_rows[*table].has(key) {
         links.insert((mine, other))
     } else {
         stale.insert(other)
