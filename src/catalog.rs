@@ -81,15 +81,17 @@ pub struct Relation {
     pub persistence: char,
     pub owner: u32,
     pub row_security: bool,
-    /// Part of an inheritance tree or a partition.
-    pub inherits: bool,
+    /// A partition, or a child of another table.
+    pub is_child: bool,
+    /// Has partitions or children.
+    pub is_parent: bool,
     /// Foreign server, for a foreign table.
     pub server: Option<u32>,
     pub server_wrapper: Option<String>,
 }
 
 const RELATION: &str = "SELECT c.oid::int8, n.nspname::text, c.relname::text, c.relkind::text, c.relpersistence::text, c.relowner::int8, c.relrowsecurity, \
-       EXISTS (SELECT FROM pg_inherits i WHERE i.inhrelid = c.oid OR i.inhparent = c.oid), \
+       EXISTS (SELECT FROM pg_inherits i WHERE i.inhrelid = c.oid), EXISTS (SELECT FROM pg_inherits i WHERE i.inhparent = c.oid), \
        f.ftserver::int8, w.fdwname::text, \
        coalesce((SELECT option_value FROM pg_options_to_table(f.ftoptions) WHERE option_name = 'schema_name'), n.nspname::text), \
        coalesce((SELECT option_value FROM pg_options_to_table(f.ftoptions) WHERE option_name = 'table_name'), c.relname::text) \
@@ -139,15 +141,16 @@ fn relation<S: Session>(session: &mut S, rows: Vec<Row>) -> Result<Option<Relati
             oid,
             columns,
             key: key.into_iter().filter_map(|mut r| r.pop().flatten()).map(Ident::new).collect(),
-            remote: RelName::new(field(10), field(11)),
+            remote: RelName::new(field(11), field(12)),
         },
         kind: first_char(3),
         persistence: first_char(4),
         owner: parse(field(5))?,
         row_security: field(6) == "t",
-        inherits: field(7) == "t",
-        server: row[8].as_deref().map(parse).transpose()?,
-        server_wrapper: row[9].clone(),
+        is_child: field(7) == "t",
+        is_parent: field(8) == "t",
+        server: row[9].as_deref().map(parse).transpose()?,
+        server_wrapper: row[10].clone(),
     }))
 }
 
@@ -165,6 +168,35 @@ fn column(row: Row) -> Result<Column> {
         collation: row[8].clone(),
         remote_name: Ident::new(field(9)),
     })
+}
+
+/// A table and its partitions, at every depth, the table itself first.
+pub struct Member {
+    pub oid: u32,
+    pub name: String,
+    pub kind: char,
+    pub persistence: char,
+}
+
+/// The tree below a table, here or on the second server.
+pub fn tree<S: Session>(session: &mut S, oid: u32) -> Result<Vec<Member>> {
+    let rows = session.query(
+        "WITH RECURSIVE tree AS (SELECT $1::text::oid AS rel, 0 AS depth UNION ALL \
+            SELECT h.inhrelid, depth + 1 FROM tree JOIN pg_inherits h ON h.inhparent = tree.rel) \
+         SELECT c.oid::int8, c.oid::regclass::text, c.relkind::text, c.relpersistence::text FROM tree JOIN pg_class c ON c.oid = rel ORDER BY depth, rel",
+        &[Some(&oid.to_string())],
+    )?;
+    let first_char = |text: &Option<String>| text.as_deref().and_then(|t| t.chars().next()).unwrap_or(' ');
+    rows.into_iter()
+        .map(|r| {
+            Ok(Member {
+                oid: parse(r[0].as_deref().unwrap_or(""))?,
+                kind: first_char(&r[2]),
+                persistence: first_char(&r[3]),
+                name: r[1].clone().unwrap_or_default(),
+            })
+        })
+        .collect()
 }
 
 /// Is there an immediate, non-partial unique index over exactly these columns, all of them NOT NULL?

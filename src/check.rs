@@ -4,7 +4,7 @@
 
 use std::collections::BTreeSet;
 
-use crate::catalog::{self, Migration, Relation};
+use crate::catalog::{self, Member, Migration, Relation};
 use crate::error::{Error, Problem, Result};
 use crate::mapping::ident::{Ident, RelName};
 use crate::mapping::model::{NamedTable, Takeover, Target};
@@ -132,10 +132,15 @@ fn first_table(
         let p = Problem::new(&named.first, message);
         problems.push(if hint.is_empty() { p } else { p.hint(hint) });
     };
-    if first.kind == 'p' || first.inherits {
-        problem("is partitioned or part of an inheritance tree", "Not supported yet.");
-    } else if first.kind != 'r' {
+    if !matches!(first.kind, 'r' | 'p') {
         problem("is not a table", "");
+    }
+    for (message, hint) in tree_problems(first) {
+        problem(message, hint);
+    }
+    let tree = catalog::tree(session, first.table.oid)?;
+    for (message, hint) in tree.iter().skip(1).filter_map(member_problem) {
+        problem(&message, hint);
     }
     match first.persistence {
         'u' => problem("is UNLOGGED: its rows would not survive a crash", "ALTER TABLE ... SET LOGGED first."),
@@ -154,11 +159,12 @@ fn first_table(
     if let Some(name) = claimed.first().and_then(|r| r[0].as_deref()) {
         problem(&format!("belongs to migration \"{name}\""), "");
     }
+    let tree = array_literal(tree.iter().map(|m| m.oid.to_string()));
     let dependents = session.query(
         "SELECT DISTINCT r.ev_class::regclass::text FROM pg_depend d JOIN pg_rewrite r ON r.oid = d.objid \
          JOIN pg_class v ON v.oid = r.ev_class AND v.relnamespace <> to_regnamespace('crossover') \
-         WHERE d.classid = 'pg_rewrite'::regclass AND d.refclassid = 'pg_class'::regclass AND d.refobjid = $1::text::oid AND r.ev_class <> d.refobjid",
-        &[Some(&oid)],
+         WHERE d.classid = 'pg_rewrite'::regclass AND d.refclassid = 'pg_class'::regclass AND d.refobjid = ANY ($1::text::oid[]) AND r.ev_class <> d.refobjid",
+        &[Some(&tree)],
     )?;
     for row in dependents {
         problem(
@@ -169,8 +175,9 @@ fn first_table(
     if !migration.options.foreign_keys {
         let keys = session.query(
             "SELECT conname::text, conrelid::regclass::text FROM pg_constraint WHERE contype = 'f' AND ( \
-             (confrelid = $1::text::oid AND NOT conrelid = ANY ($2::text::oid[])) OR (conrelid = $1::text::oid AND NOT confrelid = ANY ($2::text::oid[])))",
-            &[Some(&oid), Some(&array_literal(all.iter().map(u32::to_string)))],
+             (confrelid = ANY ($1::text::oid[]) AND NOT conrelid = ANY ($2::text::oid[])) OR (conrelid = ANY ($1::text::oid[]) AND NOT confrelid = ANY ($2::text::oid[]))) \
+             AND conparentid = 0",
+            &[Some(&tree), Some(&array_literal(all.iter().map(u32::to_string)))],
         )?;
         for row in keys {
             problem(
@@ -192,6 +199,30 @@ fn first_table(
         }
     }
     Ok(())
+}
+
+/// Why a table's place in a tree keeps it from being migrated.
+fn tree_problems(relation: &Relation) -> Vec<(&'static str, &'static str)> {
+    let mut found = Vec::new();
+    if relation.is_child {
+        found.push(("is a partition or inherits from another table", "Migrate the whole partitioned table."));
+    }
+    if relation.kind == 'r' && relation.is_parent {
+        found.push(("other tables inherit from it", "Inheritance is not supported; declarative partitioning is."));
+    }
+    found
+}
+
+/// Why a partition keeps its table from being migrated.
+fn member_problem(member: &Member) -> Option<(String, &'static str)> {
+    let (what, hint) = match (member.kind, member.persistence) {
+        ('r' | 'p', 'p') => return None,
+        ('r' | 'p', _) => {
+            ("UNLOGGED or temporary: its rows would not survive a crash", "ALTER TABLE ... SET LOGGED first.")
+        }
+        _ => ("no table", "Changes of its rows cannot be captured."),
+    };
+    Some((format!("partition {} is {what}", member.name), hint))
 }
 
 fn key(session: &mut LocalSession, named: &NamedTable, table: &mut Table, problems: &mut Vec<Problem>) -> Result<()> {
@@ -274,9 +305,15 @@ pub fn second_server<S: Session>(
             );
             continue;
         };
-        if found.kind != 'r' {
-            problems.push(Problem::new(&object, "is not an ordinary table").hint("Not supported yet."));
+        if !matches!(found.kind, 'r' | 'p') {
+            problems.push(Problem::new(&object, "is not a table").hint("A view cannot be a target."));
             continue;
+        }
+        for (message, hint) in tree_problems(&found) {
+            problems.push(Problem::new(&object, message).hint(hint));
+        }
+        for (message, hint) in catalog::tree(session, found.table.oid)?.iter().skip(1).filter_map(member_problem) {
+            problems.push(Problem::new(&object, message).hint(hint));
         }
         if found.persistence == 'u' {
             problems.push(Problem::new(&object, "is UNLOGGED: its rows would not survive a crash"));

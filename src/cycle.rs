@@ -76,12 +76,21 @@ pub fn run(ctx: &mut Context, retry_parked: bool) -> Result<Outcome> {
     let Context { pairs, first, second, .. } = ctx;
     let second = second.as_mut().ok_or_else(|| Error::internal("not connected"))?;
     second.session.set_patience(if directions.backward { PATIENCE } else { STALL });
-    let result = match directions {
+    let once = |first: &mut FirstStore, second: &mut SecondStore| match directions {
         Directions { forward: true, backward: true } => two_way(&name, policy, pairs, first, second, retry_parked),
         Directions { forward: true, .. } => one_way(first, second, retry_parked),
         Directions { backward: true, .. } => one_way(second, first, retry_parked),
         _ => Ok(Outcome::default()),
     };
+    let mut result = once(first, second);
+    if matches!(result, Err(Error::CaptureChanged)) {
+        first.session.rollback();
+        second.session.rollback();
+        result = first
+            .renew_capture(directions.forward)
+            .and_then(|()| second.renew_capture(directions.backward))
+            .and_then(|()| once(first, second));
+    }
     result.map_err(|e| {
         ctx.rollback_all();
         match e {
@@ -165,8 +174,9 @@ fn one_way<A: Session, B: Session>(
 ) -> Result<Outcome> {
     let capture = source.side();
     let seen = source.begin_read()?;
-    check_capture(source)?;
+    source.check_capture()?;
     destination.session.begin(Isolation::ReadCommitted, &[])?;
+    destination.check_idle_capture()?;
     let incoming = incoming(source, destination, retry_parked)?;
     let mut outcome = Outcome { parked: incoming.parked(), ..Outcome::default() };
     if incoming.is_empty() {
@@ -304,8 +314,8 @@ fn two_way(
 ) -> Result<Outcome> {
     let s1 = first.begin_read()?;
     let s2 = second.begin_read()?;
-    check_capture(first)?;
-    check_capture(second)?;
+    first.check_capture()?;
+    second.check_capture()?;
     let mut forward = incoming(first, second, retry_parked)?;
     let mut backward = incoming(second, first, retry_parked)?;
     forward.wake_parked(&backward);
@@ -375,17 +385,4 @@ pub fn bump(first: &mut FirstStore) -> Result<i64> {
     let sql = format!("UPDATE {} SET n = n + 1 RETURNING n", first.objects.counter());
     let rows = first.session.admin_query(&sql, &[])?;
     crate::store::parse(rows.first().and_then(|r| r[0].as_deref()).unwrap_or("0"))
-}
-
-/// # Errors
-/// A trigger that was dropped or disabled lets changes slip: replication stops rather than lose them silently.
-pub fn check_capture<S: Session>(store: &mut Store<S>) -> Result<()> {
-    let disabled = store.disabled_capture()?;
-    if disabled.is_empty() {
-        return Ok(());
-    }
-    Err(Error::Diverged {
-        name: String::new(),
-        detail: format!("Capture is not enabled on the {} store: {}.", store.side(), disabled.join(", ")),
-    })
 }

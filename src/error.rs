@@ -90,6 +90,9 @@ pub enum Error {
     /// One attempt of several; never reaches a client.
     #[error("lock not available")]
     LockNotAvailable,
+    /// The next cycle mends it; never reaches a client.
+    #[error("partitions or subscriptions of the tables have changed")]
+    CaptureChanged,
     #[error("migration \"{name}\" did not get there within {waited_ms} ms")]
     Timeout { name: String, waited_ms: u64, detail: String },
     #[error("migration \"{name}\" has {count} parked row{}", if *count == 1 { "" } else { "s" })]
@@ -139,7 +142,7 @@ impl Error {
             Error::UnknownMigration { .. } | Error::UnknownConflict { .. } => "42704".into(),
             Error::NameTaken { .. } => "42710".into(),
             Error::Mapping { .. } | Error::BadArgument { .. } => "22023".into(),
-            Error::LockTimeout { .. } | Error::LockNotAvailable => "55P03".into(),
+            Error::LockTimeout { .. } | Error::LockNotAvailable | Error::CaptureChanged => "55P03".into(),
             Error::Timeout { .. } | Error::Backlog { .. } => "57014".into(),
             Error::InRecovery => "25006".into(),
             Error::NoWorkerSlot => "53000".into(),
@@ -233,7 +236,7 @@ impl Error {
 
     /// A client held the lock, or the replicator gave way to one.
     pub fn is_contention(&self) -> bool {
-        matches!(self, Error::LockNotAvailable)
+        matches!(self, Error::LockNotAvailable | Error::CaptureChanged)
             || matches!(self, Error::Server { .. }) && self.class_is(&["55P03", "40001", "40P01", "57014"])
     }
 }

@@ -71,6 +71,12 @@ pub fn in_the_way<S: Session>(session: &mut S, oids: &[u32], server: &str, calle
         return Ok(InTheWay::default());
     }
     let oids = array_literal(oids.iter().map(u32::to_string));
+    let trees = session.admin_query(
+        "WITH RECURSIVE tree AS (SELECT unnest($1::text::oid[]) AS rel UNION SELECT h.inhrelid FROM tree JOIN pg_inherits h ON h.inhparent = tree.rel) \
+         SELECT rel::text FROM tree",
+        &[Some(&oids)],
+    )?;
+    let oids = array_literal(trees.iter().filter_map(|r| r[0].as_deref()));
     let rows = session.admin_query(
         "SELECT DISTINCT l.pid::text, a.application_name, a.usename::text, a.state, \
                 round(extract(epoch FROM clock_timestamp() - a.xact_start))::text, left(regexp_replace(a.query, '\\s+', ' ', 'g'), 60) \

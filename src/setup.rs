@@ -11,8 +11,6 @@ use crate::error::{Error, Problem, Result};
 use crate::fault;
 use crate::lock::{self, Patience};
 use crate::mapping::model::Target;
-use crate::mapping::sql::TRIGGERS;
-use crate::mapping::text::array_literal;
 use crate::settings;
 use crate::state::Phase;
 use crate::store::{Isolation, Session, Store, Watermark};
@@ -76,12 +74,10 @@ fn install_second(ctx: &mut Context) -> Result<()> {
         schema = objects.schema()
     );
     sql += &objects.install(settings::log_rotation());
-    for table in &second.tables {
-        sql += &table.create_capture(&objects);
-    }
     second.session.set_deadline(Some(Instant::now() + std::time::Duration::from_secs(30)));
     second.session.begin(Isolation::ReadCommitted, &[])?;
     second.session.batch(&sql)?;
+    second.install_capture()?;
     let (fence, truncate) = (ctx.migration.options.fence, ctx.migration.options.target == Target::Truncate);
     let (_, second) = ctx.stores()?;
     if truncate {
@@ -132,14 +128,12 @@ fn install_first_locked(ctx: &mut Context, who: &str) -> Result<()> {
     let objects = first.objects.clone();
     first.session.admin_batch(&objects.install(settings::log_rotation()))?;
     views::create_rule_views(&mut first.session, pairs, migration, &objects)?;
-    for table in &first.tables {
-        let sql = table.create_capture(&objects);
-        first.session.admin_batch(&sql)?;
-    }
+    first.install_capture()?;
     for (pair, (oid, _)) in pairs.iter().zip(first_tables.iter()) {
         first.session.admin_execute(
             "INSERT INTO crossover.migrated_table (migration_id, index, first_table, table_name, rows_estimated) \
-             SELECT $1::text::int, $2::text::int, $3::text::oid, $4::text, greatest(reltuples, 0)::bigint FROM pg_class WHERE oid = $3::text::oid",
+             SELECT $1::text::int, $2::text::int, $3::text::oid, $4::text, coalesce(sum(greatest(reltuples, 0)), 0)::bigint FROM pg_class \
+             WHERE oid = $3::text::oid AND relkind = 'r' OR oid IN (SELECT relid FROM pg_partition_tree($3::text::oid::regclass) WHERE isleaf)",
             &[
                 Some(&migration.id.to_string()),
                 Some(&pair.index.to_string()),
@@ -184,33 +178,14 @@ fn begin_snapshot<S: Session>(store: &mut Store<S>) -> Result<crate::store::Snap
     Ok(snapshot)
 }
 
-/// Has the table triggers of this very migration? Another one's are none of ours to remove.
-fn has_triggers<S: Session>(store: &mut Store<S>, index: usize) -> Result<bool> {
-    let names = array_literal(TRIGGERS);
-    let functions = array_literal([
-        store.objects.capture_function(index).name.as_str().to_string(),
-        store.objects.fence_function().name.as_str().to_string(),
-    ]);
-    let rel = store.tables[index].rel.to_string();
-    let rows = store.session.query(
-        "SELECT EXISTS (SELECT FROM pg_trigger t JOIN pg_proc p ON p.oid = t.tgfoid \
-         WHERE t.tgrelid = to_regclass($1::text) AND t.tgname = ANY ($2::text[]) AND p.proname = ANY ($3::text[]))",
-        &[Some(&rel), Some(&names), Some(&functions)],
-    )?;
-    Ok(rows[0][0].as_deref() == Some("t"))
-}
-
 /// Removes what the migration has on the second server; the rows stay. A transaction for each table, so that clients that
 /// lock the tables in another order are never in the way of more than one; then one for the rest. Repeatable.
 pub fn remove_second(ctx: &mut Context, keep_schema: bool) -> Result<()> {
     ctx.connect()?;
     let tables = ctx.pairs.len();
     let (_, second) = ctx.stores()?;
-    for i in 0..second.tables.len() {
-        if has_triggers(second, i)? {
-            let sql = second.tables[i].drop_capture();
-            in_transaction(&mut second.session, |session| session.batch(&sql))?;
-        }
+    for sql in second.drop_triggers()? {
+        in_transaction(&mut second.session, |session| session.batch(&sql))?;
     }
     let sql = second.objects.uninstall(tables);
     let schema = second.objects.schema().clone();
@@ -256,11 +231,8 @@ pub fn remove_first(ctx: &mut Context) -> Result<()> {
 pub fn remove_first_locked(ctx: &mut Context) -> Result<()> {
     let tables = ctx.pairs.len();
     let Context { first, migration, .. } = ctx;
-    for i in 0..first.tables.len() {
-        if has_triggers(first, i)? {
-            let sql = first.tables[i].drop_capture();
-            first.session.admin_batch(&sql)?;
-        }
+    for sql in first.drop_triggers()? {
+        first.session.admin_batch(&sql)?;
     }
     views::drop_rule_views(&mut first.session, tables, &first.objects)?;
     let sql = first.objects.uninstall(tables);

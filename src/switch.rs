@@ -240,8 +240,8 @@ fn towards_second(ctx: &mut Context, order: &Order) -> Result<()> {
             return Err(Error::LockNotAvailable);
         }
         let s2 = second.begin_read()?;
-        cycle::check_capture(first)?;
-        cycle::check_capture(second)?;
+        first.check_capture()?;
+        second.check_capture()?;
         let s1 = first.snapshot()?;
         let forward = incoming(first, second, true)?;
         let backward = incoming(second, first, true)?;
@@ -307,8 +307,8 @@ fn towards_first(ctx: &mut Context, order: &Order, to: State) -> Result<()> {
         }
         let s1 = first.snapshot()?;
         let s2 = second.snapshot()?;
-        cycle::check_capture(first)?;
-        cycle::check_capture(second)?;
+        first.check_capture()?;
+        second.check_capture()?;
         let forward = incoming(first, second, true)?;
         let backward = incoming(second, first, true)?;
         let plan = Plan::make(policy, pairs, first, second, forward, backward)?;

@@ -1,5 +1,6 @@
 //! From JSON to rules to SQL. Pure: it knows PostgreSQL's names and types as text, and reaches no server.
 
+pub mod capture;
 pub mod constraint;
 pub mod ident;
 pub mod model;

@@ -34,6 +34,10 @@ impl Objects {
     pub fn schema(&self) -> &Ident {
         &self.schema
     }
+    /// The tables of each tree as they were when capture was last looked after.
+    pub fn member(&self) -> RelName {
+        self.rel("member")
+    }
     /// Which keys changed.
     pub fn log(&self) -> RelName {
         self.rel("log")
@@ -80,6 +84,7 @@ impl Objects {
     pub fn install(&self, rotation_seconds: i32) -> String {
         let (log, origin, counter) = (self.log(), self.origin(), self.counter());
         let (mark, owed, chunk, conflict) = (self.mark(), self.owed(), self.chunk(), self.conflict());
+        let member = self.member();
         let rings: String = (0..LOG_RING)
             .map(|i| format!("CREATE TABLE {} PARTITION OF {log} FOR VALUES IN ({i});\n", self.log_ring(i)))
             .collect();
@@ -92,7 +97,8 @@ impl Objects {
             "CREATE TABLE {log} (xid xid8 NOT NULL, at timestamptz NOT NULL, source int NOT NULL, key text[],
     ring int NOT NULL DEFAULT (extract(epoch FROM clock_timestamp())::bigint / {rotation_seconds}) % {LOG_RING}
 ) PARTITION BY LIST (ring);
-{rings}{indexes}CREATE TABLE {origin} (xid xid8 PRIMARY KEY);
+{rings}{indexes}CREATE TABLE {member} (source int NOT NULL, rel oid NOT NULL, by_row boolean NOT NULL, trigger oid NOT NULL, PRIMARY KEY (source, rel));
+CREATE TABLE {origin} (xid xid8 PRIMARY KEY);
 CREATE TABLE {counter} (n bigint NOT NULL);
 INSERT INTO {counter} VALUES (0);
 CREATE TABLE {mark} (watermark pg_snapshot NOT NULL, counter bigint NOT NULL);
@@ -109,7 +115,8 @@ CREATE TABLE {conflict} (id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, sou
     /// Drops what [`Objects::install`] made and the capture functions of `tables`; harmless when it is not there.
     pub fn uninstall(&self, tables: usize) -> String {
         let mut sql = String::new();
-        for rel in [self.log(), self.origin(), self.counter(), self.mark(), self.owed(), self.chunk(), self.conflict()]
+        let (member, origin) = (self.member(), self.origin());
+        for rel in [self.log(), member, origin, self.counter(), self.mark(), self.owed(), self.chunk(), self.conflict()]
         {
             sql += &format!("DROP TABLE IF EXISTS {rel};\n");
         }
@@ -162,7 +169,7 @@ pub struct StoreTable {
     /// Columns that nothing maps to, with their types: a row that is deleted and inserted again keeps them.
     unmapped: Vec<(Ident, String)>,
     pub(super) incoming: String,
-    key_needs_settings: bool,
+    pub(super) key_needs_settings: bool,
 }
 
 impl StoreTable {
@@ -412,72 +419,7 @@ impl StoreTable {
         };
         (from, order)
     }
-
-    /// The function and the triggers that log which keys of this table change.
-    pub fn create_capture(&self, objects: &Objects) -> String {
-        let (function, log, origin) = (objects.capture_function(self.index), objects.log(), objects.origin());
-        let pins = if self.key_needs_settings {
-            " SET DateStyle = 'ISO, MDY' SET IntervalStyle = 'postgres' SET TimeZone = 'UTC' SET extra_float_digits = 1 SET bytea_output = 'hex'"
-        } else {
-            ""
-        };
-        let key = |alias: &str| {
-            let columns: Vec<String> = self.key.iter().map(|(c, _)| format!("{alias}.{c}::text")).collect();
-            format!("ARRAY[{}]", columns.join(", "))
-        };
-        let insert = format!("INSERT INTO {log} (xid, at, source, key)");
-        let row = format!("pg_current_xact_id(), clock_timestamp(), {}", self.index);
-        dollar_quoted(&format!(
-            "CREATE FUNCTION {function}() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp{pins} AS \0
-BEGIN
-    IF EXISTS (SELECT FROM {origin} WHERE xid = pg_current_xact_id()) THEN
-        RETURN NULL;
-    END IF;
-    IF TG_OP = 'INSERT' THEN
-        {insert} SELECT {row}, {new} FROM new_rows AS n;
-    ELSIF TG_OP = 'UPDATE' THEN
-        {insert} SELECT {row}, k FROM (SELECT {new} AS k FROM new_rows AS n UNION SELECT {old} FROM old_rows AS o) AS changed;
-    ELSIF TG_OP = 'DELETE' THEN
-        {insert} SELECT {row}, {old} FROM old_rows AS o;
-    ELSE
-        {insert} SELECT {row}, NULL;
-    END IF;
-    RETURN NULL;
-END
-\0;
-REVOKE ALL ON FUNCTION {function}() FROM PUBLIC;
-CREATE TRIGGER crossover_capture_insert AFTER INSERT ON {rel} REFERENCING NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION {function}();
-CREATE TRIGGER crossover_capture_update AFTER UPDATE ON {rel} REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION {function}();
-CREATE TRIGGER crossover_capture_delete AFTER DELETE ON {rel} REFERENCING OLD TABLE AS old_rows FOR EACH STATEMENT EXECUTE FUNCTION {function}();
-CREATE TRIGGER crossover_capture_truncate AFTER TRUNCATE ON {rel} FOR EACH STATEMENT EXECUTE FUNCTION {function}();
-CREATE TRIGGER crossover_fence BEFORE INSERT OR UPDATE OR DELETE OR TRUNCATE ON {rel} FOR EACH STATEMENT EXECUTE FUNCTION {fence}();
-ALTER TABLE {rel} ENABLE ALWAYS TRIGGER crossover_capture_insert, ENABLE ALWAYS TRIGGER crossover_capture_update,
-    ENABLE ALWAYS TRIGGER crossover_capture_delete, ENABLE ALWAYS TRIGGER crossover_capture_truncate, DISABLE TRIGGER crossover_fence;
-",
-            new = key("n"),
-            old = key("o"),
-            rel = self.rel,
-            fence = objects.fence_function(),
-        ))
-    }
-
-    pub fn drop_capture(&self) -> String {
-        TRIGGERS.iter().map(|t| format!("DROP TRIGGER IF EXISTS {t} ON {};\n", self.rel)).collect()
-    }
-
-    pub fn set_fence(&self, on: bool) -> String {
-        format!("ALTER TABLE {} {} TRIGGER crossover_fence", self.rel, if on { "ENABLE ALWAYS" } else { "DISABLE" })
-    }
 }
-
-/// The capture triggers come first, the fence last.
-pub const TRIGGERS: [&str; 5] = [
-    "crossover_capture_insert",
-    "crossover_capture_update",
-    "crossover_capture_delete",
-    "crossover_capture_truncate",
-    "crossover_fence",
-];
 
 /// A rule as a view over the table that it reads, its columns named and typed as the target's.
 pub fn create_rule_view(view: &RelName, rules: &[(Ident, String)], target: &Table, source: &RelName) -> String {

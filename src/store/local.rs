@@ -330,14 +330,30 @@ impl LocalSession {
                 return Err(Error::LockNotAvailable);
             }
             self.set_lock_timeout(left)?;
-            // SAFETY: in a transaction; the lock manager releases the lock at its end.
-            if let Err(e) = catch(|| unsafe { pg_sys::LockRelationOid(pg_sys::Oid::from(oid), mode) }) {
+            if let Err(e) = self.lock_tree(oid, mode, deadline) {
                 self.stubborn.retain(|s| *s != oid);
                 self.stubborn.insert(0, oid);
                 return Err(e);
             }
         }
         self.set_lock_timeout(Duration::ZERO)
+    }
+
+    /// Locks a relation and then its partitions: a lock on the parent does not keep out who names a partition. None can come
+    /// or go once the parent is locked.
+    fn lock_tree(&mut self, oid: u32, mode: i32, deadline: Instant) -> Result<()> {
+        // SAFETY: in a transaction; the lock manager releases the lock at its end.
+        catch(|| unsafe { pg_sys::LockRelationOid(pg_sys::Oid::from(oid), mode) })?;
+        let sql = "SELECT inhrelid::int8 FROM pg_inherits WHERE inhparent = $1::text::oid ORDER BY inhrelid";
+        for row in self.admin_query(sql, &[Some(&oid.to_string())])? {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(Error::LockNotAvailable);
+            }
+            self.set_lock_timeout(left)?;
+            self.lock_tree(parse(row[0].as_deref().unwrap_or("0"))?, mode, deadline)?;
+        }
+        Ok(())
     }
 
     /// Parses and analyzes a query without running it. Is anything in it volatile?

@@ -4,6 +4,7 @@
 //! [`Store`] is the protocol's view of it: a consistent snapshot, the changes since a watermark, rows derived for a
 //! scope, a batch applied, the watermark, the counter, the locks and the fence. One template serves both stores.
 
+pub mod capture;
 pub mod constraints;
 pub mod libpq;
 pub mod local;
@@ -452,21 +453,6 @@ impl<S: Session> Store<S> {
             return Ok(keys.iter().map(|k| (*k).clone()).collect());
         }
         Ok(rows.into_iter().filter_map(|mut r| r.pop().flatten()).collect())
-    }
-
-    /// The capture triggers that are missing or not enabled ALWAYS, as `table.trigger`.
-    pub fn disabled_capture(&mut self) -> Result<Vec<String>> {
-        let rels = array_literal(self.tables.iter().map(|t| t.rel.to_string()));
-        let sql = "SELECT r || '.' || n FROM unnest($1::text[]) AS r, \
-                   unnest(ARRAY['crossover_capture_insert','crossover_capture_update','crossover_capture_delete','crossover_capture_truncate']) AS n \
-                   WHERE NOT EXISTS (SELECT FROM pg_trigger t WHERE t.tgrelid = to_regclass(r) AND t.tgname = n AND t.tgenabled = 'A')";
-        Ok(self.session.query(sql, &[Some(&rels)])?.into_iter().filter_map(|mut r| r.pop().flatten()).collect())
-    }
-
-    /// Turns the fence of every table on or off, under SHARE ROW EXCLUSIVE.
-    pub fn set_fence(&mut self, on: bool) -> Result<()> {
-        let sql: String = self.tables.iter().map(|t| t.set_fence(on) + ";\n").collect();
-        self.session.batch(&sql)
     }
 
     /// Removes the marks of transactions that have ended.

@@ -1,0 +1,268 @@
+//! The SQL of capture: the triggers that log which keys change, the fence, and what a look at them asks. Pure.
+//!
+//! Triggers are per statement, with transition tables, where PostgreSQL fires them for every change. On partitioned tables it
+//! fires them for the named relation only, and for a subscription's changes not at all: there they are per row, which
+//! PostgreSQL clones onto every partition, and TRUNCATE, which it does not clone, has a trigger on each member of the tree.
+
+use super::ident::{Ident, dollar_quoted};
+use super::sql::{Objects, StoreTable};
+
+/// The trigger by which the grain of a table's capture is known.
+pub const BY_ROW: &str = "crossover_capture_row";
+
+/// The tables in `$1` (names, in the mapping's order) and their partitions: `source`, `root`, `rel`, `depth`, `partitioned`, `by_row` (are its
+/// triggers per row?) and `trigger` (the one that captures rows, where they are). A partition that is being detached counts no more.
+pub fn tree(objects: &Objects) -> String {
+    format!(
+        "RECURSIVE ours AS (SELECT oid FROM pg_proc WHERE pronamespace = to_regnamespace('{schema}') AND proname ^@ '{capture}'), \
+tree AS ( \
+    SELECT (i - 1)::int AS source, c.oid AS root, c.oid AS rel, 0 AS depth, c.relkind = 'p' AS partitioned, \
+           c.relkind = 'p' OR EXISTS (SELECT FROM pg_subscription_rel s WHERE s.srrelid = c.oid) \
+               OR EXISTS (SELECT FROM {member} m WHERE m.source = i - 1 AND m.by_row) AS by_row \
+      FROM unnest($1::text[]) WITH ORDINALITY AS t(name, i) JOIN pg_class c ON c.oid = to_regclass(t.name)::oid \
+    UNION ALL \
+    SELECT tree.source, tree.root, h.inhrelid, depth + 1, partitioned, by_row \
+      FROM tree JOIN pg_inherits h ON h.inhparent = tree.rel AND NOT h.inhdetachpending), \
+present AS ( \
+    SELECT tree.*, coalesce(t.oid, 0) AS trigger FROM tree \
+      LEFT JOIN pg_trigger t ON by_row AND t.tgrelid = tree.rel AND t.tgname = '{BY_ROW}' AND t.tgfoid IN (SELECT oid FROM ours))",
+        schema = objects.schema().as_str(),
+        capture = objects.capture_prefix(),
+        member = objects.member(),
+    )
+}
+
+/// What is amiss with the capture of the tables in `$1`, as `(source, what, name)`: `changed` where a tree is not what it was, or a
+/// table has become a subscription's; `off` for a trigger that is missing or not enabled ALWAYS; `inherited` for a child of an ordinary table.
+pub fn look(objects: &Objects) -> String {
+    format!(
+        "WITH {tree} \
+SELECT source, 'changed', rel::regclass::text FROM present p WHERE (partitioned OR rel = root) \
+    AND NOT EXISTS (SELECT FROM {member} m WHERE (m.source, m.rel, m.by_row, m.trigger) = (p.source, p.rel, p.by_row, p.trigger)) \
+UNION ALL \
+SELECT source, 'changed', rel::text FROM {member} m \
+    WHERE NOT EXISTS (SELECT FROM tree t WHERE (t.source, t.rel) = (m.source, m.rel)) AND EXISTS (SELECT FROM tree t WHERE t.source = m.source) \
+UNION ALL \
+SELECT source, 'inherited', rel::regclass::text FROM present WHERE NOT partitioned AND rel <> root \
+UNION ALL \
+SELECT source, 'off', rel::regclass || '.' || n FROM present, unnest(CASE WHEN by_row THEN ARRAY['{BY_ROW}', 'crossover_capture_truncate'] ELSE \
+        ARRAY['crossover_capture_insert', 'crossover_capture_update', 'crossover_capture_delete', 'crossover_capture_truncate'] END) AS n \
+    WHERE (partitioned OR rel = root) AND NOT EXISTS (SELECT FROM pg_trigger t WHERE t.tgrelid = rel AND t.tgname = n AND t.tgenabled = 'A' \
+        AND t.tgfoid IN (SELECT oid FROM ours)) \
+UNION ALL \
+SELECT i - 1, 'off', t.name FROM unnest($1::text[]) WITH ORDINALITY AS t(name, i) WHERE to_regclass(t.name) IS NULL \
+ORDER BY 1, 2, 3",
+        tree = tree(objects),
+        member = objects.member(),
+    )
+}
+
+/// The members of the trees of `$1`, roots first: `(source, name, is it the root, by_row, has it rows of its own, may it have been
+/// truncated, is it known, was it known with another trigger, has it a row trigger, has it a TRUNCATE trigger, is the fence up)`.
+pub fn members(objects: &Objects) -> String {
+    format!(
+        "WITH {tree} \
+SELECT p.source, p.rel::regclass::text, p.rel = p.root, p.by_row, c.relkind = 'r', pg_relation_filenode(p.rel) IS DISTINCT FROM p.rel, \
+       m.rel IS NOT NULL, m.rel IS NOT NULL AND (m.by_row, m.trigger) <> (p.by_row, p.trigger), \
+       p.trigger <> 0, EXISTS (SELECT FROM pg_trigger t WHERE t.tgrelid = p.rel AND t.tgname = 'crossover_capture_truncate' AND t.tgfoid IN (SELECT oid FROM ours)), \
+       EXISTS (SELECT FROM pg_trigger t WHERE t.tgrelid = p.root AND t.tgfoid = to_regproc('{fence}') AND t.tgenabled = 'A') \
+  FROM present p JOIN pg_class c ON c.oid = p.rel LEFT JOIN {member} m ON (m.source, m.rel) = (p.source, p.rel) \
+ WHERE p.partitioned OR p.rel = p.root ORDER BY p.source, p.depth, p.rel",
+        tree = tree(objects),
+        fence = objects.fence_function(),
+        member = objects.member(),
+    )
+}
+
+/// How many tables have left the trees of `$1` since they were written down, by source.
+pub fn gone(objects: &Objects) -> String {
+    format!(
+        "WITH {tree} SELECT DISTINCT m.source FROM {member} m WHERE NOT EXISTS (SELECT FROM tree t WHERE (t.source, t.rel) = (m.source, m.rel))",
+        tree = tree(objects),
+        member = objects.member(),
+    )
+}
+
+/// Writes the trees of `$1` down as they are.
+pub fn remember(objects: &Objects) -> String {
+    format!(
+        "WITH {tree} INSERT INTO {member} SELECT source, rel, by_row, trigger FROM present WHERE partitioned OR rel = root",
+        tree = tree(objects),
+        member = objects.member(),
+    )
+}
+
+/// This migration's triggers that are not clones, as `(table, trigger)`, the tables in `$1` first; or only those of the fence.
+pub fn triggers(objects: &Objects, fence_only: bool) -> String {
+    format!(
+        "SELECT t.tgrelid::regclass::text, quote_ident(t.tgname) FROM pg_trigger t JOIN pg_proc p ON p.oid = t.tgfoid \
+         WHERE p.pronamespace = to_regnamespace('{}') AND (p.proname = '{}'{}) AND t.tgparentid = 0 AND NOT t.tgisinternal \
+         ORDER BY array_position(ARRAY(SELECT to_regclass(n)::oid FROM unnest($1::text[]) WITH ORDINALITY AS u(n, i) ORDER BY i), t.tgrelid), t.tgrelid, t.tgname",
+        objects.schema().as_str(),
+        objects.fence_function().name.as_str(),
+        if fence_only { String::new() } else { format!(" OR p.proname ^@ '{}'", objects.capture_prefix()) },
+    )
+}
+
+/// Of [`triggers`], those on tables that are no members of the trees of `$1` any more.
+pub fn left_behind(objects: &Objects) -> String {
+    format!(
+        "WITH {tree} SELECT t.tgrelid::regclass::text, quote_ident(t.tgname) FROM pg_trigger t \
+         WHERE (t.tgfoid IN (SELECT oid FROM ours) OR t.tgfoid = to_regproc('{fence}')) AND t.tgparentid = 0 AND NOT t.tgisinternal \
+         AND NOT EXISTS (SELECT FROM tree WHERE tree.rel = t.tgrelid) AND NOT EXISTS (SELECT FROM pg_inherits h WHERE h.inhrelid = t.tgrelid AND h.inhdetachpending)",
+        tree = tree(objects),
+        fence = objects.fence_function(),
+    )
+}
+
+impl StoreTable {
+    fn logged_key(&self, alias: &str) -> String {
+        let columns: Vec<String> = self.key.iter().map(|(c, _)| format!("{alias}.{c}::text")).collect();
+        format!("ARRAY[{}]", columns.join(", "))
+    }
+
+    /// The function and the triggers that log which keys of this table change; on a table of its own, or the root of a tree.
+    pub fn create_capture(&self, objects: &Objects, by_row: bool) -> String {
+        let (function, log, origin) = (objects.capture_function(self.index), objects.log(), objects.origin());
+        let pins = if self.key_needs_settings {
+            " SET DateStyle = 'ISO, MDY' SET IntervalStyle = 'postgres' SET TimeZone = 'UTC' SET extra_float_digits = 1 SET bytea_output = 'hex'"
+        } else {
+            ""
+        };
+        let insert = format!("INSERT INTO {log} (xid, at, source, key)");
+        let row = format!("pg_current_xact_id(), clock_timestamp(), {}", self.index);
+        let body = if by_row {
+            let (new, old) = (self.logged_key("NEW"), self.logged_key("OLD"));
+            format!(
+                "    IF TG_OP = 'INSERT' THEN
+        {insert} VALUES ({row}, {new});
+    ELSIF TG_OP = 'UPDATE' THEN
+        {insert} VALUES ({row}, {new});
+        IF {new} <> {old} THEN
+            {insert} VALUES ({row}, {old});
+        END IF;
+    ELSIF TG_OP = 'DELETE' THEN
+        {insert} VALUES ({row}, {old});"
+            )
+        } else {
+            let (new, old) = (self.logged_key("n"), self.logged_key("o"));
+            format!(
+                "    IF TG_OP = 'INSERT' THEN
+        {insert} SELECT {row}, {new} FROM new_rows AS n;
+    ELSIF TG_OP = 'UPDATE' THEN
+        {insert} SELECT {row}, k FROM (SELECT {new} AS k FROM new_rows AS n UNION SELECT {old} FROM old_rows AS o) AS changed;
+    ELSIF TG_OP = 'DELETE' THEN
+        {insert} SELECT {row}, {old} FROM old_rows AS o;"
+            )
+        };
+        dollar_quoted(&format!(
+            "CREATE OR REPLACE FUNCTION {function}() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp{pins} AS \0
+BEGIN
+    IF EXISTS (SELECT FROM {origin} WHERE xid = pg_current_xact_id()) THEN
+        RETURN NULL;
+    END IF;
+{body}
+    ELSE
+        {insert} SELECT {row}, NULL;
+    END IF;
+    RETURN NULL;
+END
+\0;
+REVOKE ALL ON FUNCTION {function}() FROM PUBLIC;
+{}",
+            if by_row { self.row_triggers(objects) } else { self.statement_triggers(objects) }
+        ))
+    }
+
+    fn statement_triggers(&self, objects: &Objects) -> String {
+        format!(
+            "CREATE TRIGGER crossover_capture_insert AFTER INSERT ON {rel} REFERENCING NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION {function}();
+CREATE TRIGGER crossover_capture_update AFTER UPDATE ON {rel} REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION {function}();
+CREATE TRIGGER crossover_capture_delete AFTER DELETE ON {rel} REFERENCING OLD TABLE AS old_rows FOR EACH STATEMENT EXECUTE FUNCTION {function}();
+CREATE TRIGGER crossover_capture_truncate AFTER TRUNCATE ON {rel} FOR EACH STATEMENT EXECUTE FUNCTION {function}();
+CREATE TRIGGER crossover_fence BEFORE INSERT OR UPDATE OR DELETE OR TRUNCATE ON {rel} FOR EACH STATEMENT EXECUTE FUNCTION {fence}();
+ALTER TABLE {rel} ENABLE ALWAYS TRIGGER crossover_capture_insert, ENABLE ALWAYS TRIGGER crossover_capture_update,
+    ENABLE ALWAYS TRIGGER crossover_capture_delete, ENABLE ALWAYS TRIGGER crossover_capture_truncate, DISABLE TRIGGER crossover_fence;
+",
+            rel = self.rel,
+            function = objects.capture_function(self.index),
+            fence = objects.fence_function(),
+        )
+    }
+
+    /// The fence comes after the row, too: a trigger before it, even a disabled one, would keep COPY from inserting many rows at a time.
+    fn row_triggers(&self, objects: &Objects) -> String {
+        format!(
+            "CREATE TRIGGER {BY_ROW} AFTER INSERT OR UPDATE OR DELETE ON {rel} FOR EACH ROW EXECUTE FUNCTION {function}();
+CREATE TRIGGER crossover_fence_row AFTER INSERT OR UPDATE OR DELETE ON {rel} FOR EACH ROW EXECUTE FUNCTION {fence}();
+ALTER TABLE {rel} ENABLE ALWAYS TRIGGER {BY_ROW}, DISABLE TRIGGER crossover_fence_row;
+",
+            rel = self.rel,
+            function = objects.capture_function(self.index),
+            fence = objects.fence_function(),
+        )
+    }
+
+    /// What PostgreSQL does not clone onto a partition; `member` as the catalogs quote it.
+    pub fn member_triggers(&self, objects: &Objects, member: &str, fenced: bool) -> String {
+        format!(
+            "CREATE TRIGGER crossover_capture_truncate AFTER TRUNCATE ON {member} FOR EACH STATEMENT EXECUTE FUNCTION {function}();
+CREATE TRIGGER crossover_fence_truncate BEFORE TRUNCATE ON {member} FOR EACH STATEMENT EXECUTE FUNCTION {fence}();
+ALTER TABLE {member} ENABLE ALWAYS TRIGGER crossover_capture_truncate, {fenced} TRIGGER crossover_fence_truncate;
+",
+            function = objects.capture_function(self.index),
+            fence = objects.fence_function(),
+            fenced = fence_mode(fenced),
+        )
+    }
+
+    /// Logs every key of one member of this table's tree.
+    pub fn log_member(&self, objects: &Objects, member: &str) -> String {
+        format!(
+            "INSERT INTO {} (xid, at, source, key) SELECT pg_current_xact_id(), clock_timestamp(), {}, {} FROM ONLY {member} AS t",
+            objects.log(),
+            self.index,
+            self.logged_key("t")
+        )
+    }
+
+    /// Logs the scope that overlaps every scope.
+    pub fn log_whole(&self, objects: &Objects) -> String {
+        format!(
+            "INSERT INTO {} (xid, at, source) VALUES (pg_current_xact_id(), clock_timestamp(), {})",
+            objects.log(),
+            self.index
+        )
+    }
+}
+
+pub fn fence_mode(on: bool) -> &'static str {
+    if on { "ENABLE ALWAYS" } else { "DISABLE" }
+}
+
+impl Objects {
+    /// What the names of all capture functions begin with.
+    fn capture_prefix(&self) -> String {
+        let name: Ident = self.capture_function(0).name;
+        name.as_str().trim_end_matches('0').to_string()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::Side;
+    use crate::mapping::rule::tests::customer;
+
+    #[test]
+    fn rows_are_captured_one_by_one_where_a_statement_does_not_tell() {
+        let pair = customer().unwrap();
+        let objects = Objects::new(Side::First, "ab12");
+        let table = StoreTable::first(&pair, &objects, &pair.first.rel);
+        let by_row = table.create_capture(&objects, true);
+        assert!(by_row.contains(r#"ARRAY[NEW."id"::text] <> ARRAY[OLD."id"::text]"#), "{by_row}");
+        assert!(by_row.contains("FOR EACH ROW") && !by_row.contains("REFERENCING"), "{by_row}");
+        assert!(!table.create_capture(&objects, false).contains("FOR EACH ROW"));
+        assert!(tree(&objects).contains("'capture_ab12_'"), "{}", tree(&objects));
+    }
+}
