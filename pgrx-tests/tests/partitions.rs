@@ -83,7 +83,11 @@ fn write_to_first(pair: &Pair, parent: &str, from: u32) {
             let id = from + 1000 + i * 3 + u32::try_from(table.len()).expect("short") * 1000;
             // Only what hashes into the partition may be copied into it.
             if table == "reading_feb_0"
-                && pair.first.text(&format!("SELECT satisfies_hash_partition('reading_feb'::regclass, 2, 0, {id}::bigint)")).as_deref() != Some("t")
+                && pair
+                    .first
+                    .text(&format!("SELECT satisfies_hash_partition('reading_feb'::regclass, 2, 0, {id}::bigint)"))
+                    .as_deref()
+                    != Some("t")
             {
                 continue;
             }
@@ -105,7 +109,12 @@ fn partitions_written_directly_are_captured_and_fenced_in_each_state() {
     write_to_first(&pair, "reading", 10_000);
     migration.settle();
     assert_equal(&pair, "reading");
-    for statement in ["INSERT INTO store.measure_1 SELECT i, now(), 'x', 1 FROM generate_series(1, 9) i WHERE satisfies_hash_partition('store.measure'::regclass, 2, 1, i::bigint)", "UPDATE store.measure_0 SET tenths = 0", "TRUNCATE store.measure_0", "DELETE FROM store.measure"] {
+    for statement in [
+        "INSERT INTO store.measure_1 SELECT i, now(), 'x', 1 FROM generate_series(1, 9) i WHERE satisfies_hash_partition('store.measure'::regclass, 2, 1, i::bigint)",
+        "UPDATE store.measure_0 SET tenths = 0",
+        "TRUNCATE store.measure_0",
+        "DELETE FROM store.measure",
+    ] {
         assert!(refusal(&pair.second, statement).starts_with("25006"), "{statement}");
     }
     // A partition that comes while the store is fenced is fenced, too.
@@ -114,7 +123,12 @@ fn partitions_written_directly_are_captured_and_fenced_in_each_state() {
     pair.first.sql("TRUNCATE reading_feb");
     migration.settle();
     assert_equal(&pair, "reading");
-    assert_eq!(pair.second.text("SELECT count(*) FROM store.measure WHERE day BETWEEN '2024-02-01' AND '2024-02-29'").as_deref(), Some("0"));
+    assert_eq!(
+        pair.second
+            .text("SELECT count(*) FROM store.measure WHERE day BETWEEN '2024-02-01' AND '2024-02-29'")
+            .as_deref(),
+        Some("0")
+    );
 
     migration.set_state("both");
     write_to_first(&pair, "reading__first", 20_000);
@@ -130,10 +144,16 @@ fn partitions_written_directly_are_captured_and_fenced_in_each_state() {
     assert_equal(&pair, "reading__first");
 
     migration.set_state("second");
-    for statement in ["UPDATE reading_jan SET value = 0", "TRUNCATE reading_feb_1", "DELETE FROM reading_feb", "INSERT INTO reading__first VALUES (1, '2030-01-01', 'x', 1)"] {
+    for statement in [
+        "UPDATE reading_jan SET value = 0",
+        "TRUNCATE reading_feb_1",
+        "DELETE FROM reading_feb",
+        "INSERT INTO reading__first VALUES (1, '2030-01-01', 'x', 1)",
+    ] {
         assert!(refusal(&pair.first, statement).starts_with("25006"), "{statement}");
     }
-    pair.first.sql("CREATE TABLE reading_mar PARTITION OF reading__first FOR VALUES FROM ('2024-04-01') TO ('2024-05-01')");
+    pair.first
+        .sql("CREATE TABLE reading_mar PARTITION OF reading__first FOR VALUES FROM ('2024-04-01') TO ('2024-05-01')");
     assert!(refusal(&pair.first, "INSERT INTO reading_mar VALUES (1, '2024-04-01', 'x', 1)").starts_with("25006"));
     pair.first.sql("UPDATE reading SET value = value + 1; INSERT INTO reading VALUES (26000, '2024-04-12', 'view', 3); DELETE FROM reading WHERE id % 31 = 0");
     pair.second.sql("UPDATE store.measure_0 SET region = 'again'; UPDATE store.measure SET day = '2024-02-02' WHERE id BETWEEN 10000 AND 10100");
@@ -186,7 +206,10 @@ fn partitions_that_come_and_go_take_their_rows_with_them() {
             pair.first.sql(&sql.replace('@', parent));
             check(what, parent);
         }
-        pair.first.connect().batch_execute(&format!("ALTER TABLE {parent} DETACH PARTITION reading_jan CONCURRENTLY")).expect("to detach");
+        pair.first
+            .connect()
+            .batch_execute(&format!("ALTER TABLE {parent} DETACH PARTITION reading_jan CONCURRENTLY"))
+            .expect("to detach");
         check("detached concurrently", parent);
         pair.first.sql("UPDATE reading_jan SET value = 5; TRUNCATE reading_rest");
         check("detached tables are nobody's", parent);
