@@ -73,6 +73,7 @@ pub fn run(ctx: &mut Context, retry_parked: bool) -> Result<Outcome> {
     ctx.refresh_constraints()?;
     let directions = Directions::of(&ctx.migration);
     let (name, policy) = (ctx.migration.name.clone(), ctx.migration.options.conflicts);
+    let fence = ctx.migration.options.fence;
     let Context { pairs, first, second, .. } = ctx;
     let second = second.as_mut().ok_or_else(|| Error::internal("not connected"))?;
     second.session.set_patience(if directions.backward { PATIENCE } else { STALL });
@@ -87,8 +88,8 @@ pub fn run(ctx: &mut Context, retry_parked: bool) -> Result<Outcome> {
         first.session.rollback();
         second.session.rollback();
         result = first
-            .renew_capture(directions.forward)
-            .and_then(|()| second.renew_capture(directions.backward))
+            .renew_capture(directions.forward, !directions.forward)
+            .and_then(|()| second.renew_capture(directions.backward, fence && !directions.backward))
             .and_then(|()| once(first, second));
     }
     result.map_err(|e| {
@@ -98,6 +99,24 @@ pub fn run(ctx: &mut Context, retry_parked: bool) -> Result<Outcome> {
             e => e,
         }
     })
+}
+
+/// What a cycle does for the capture of its sources, while the copy runs and there are no cycles. A transaction of its own.
+///
+/// # Errors
+/// As [`Store::check_capture`]; a client that is in the way is none.
+pub fn look_after_capture(ctx: &mut Context) -> Result<()> {
+    ctx.first.session.begin(Isolation::ReadCommitted, &[])?;
+    let result = ctx.first.check_capture();
+    ctx.first.session.rollback();
+    match result {
+        Err(Error::CaptureChanged) => match ctx.first.renew_capture(true, false) {
+            Err(e) if e.is_contention() => Ok(()),
+            other => other,
+        },
+        Err(Error::Diverged { detail, .. }) => Err(Error::Diverged { name: ctx.migration.name.clone(), detail }),
+        other => other,
+    }
 }
 
 /// The changes of one direction: the log's since the watermark that `destination` keeps, and what is owed to it.

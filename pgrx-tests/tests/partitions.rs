@@ -223,7 +223,8 @@ fn partitions_that_come_and_go_take_their_rows_with_them() {
     steps("reading");
     pair.first.sql("ALTER TABLE reading_jan DISABLE TRIGGER crossover_capture_row");
     migration.until_status("names the trigger", |s| s.text("last_error").contains("reading_jan.crossover_capture_row"));
-    pair.first.sql("ALTER TABLE reading_jan ENABLE ALWAYS TRIGGER crossover_capture_row");
+    pair.first
+        .sql("UPDATE reading_jan SET value = 4; ALTER TABLE reading_jan ENABLE ALWAYS TRIGGER crossover_capture_row");
     check("on again", "reading");
     migration.set_state("both");
     steps("reading__first");

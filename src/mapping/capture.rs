@@ -7,11 +7,12 @@
 use super::ident::{Ident, dollar_quoted};
 use super::sql::{Objects, StoreTable};
 
-/// The trigger by which the grain of a table's capture is known.
+/// The trigger of tables that are captured row by row.
 pub const BY_ROW: &str = "crossover_capture_row";
 
 /// The tables in `$1` (names, in the mapping's order) and their partitions: `source`, `root`, `rel`, `depth`, `partitioned`, `by_row` (are its
-/// triggers per row?) and `trigger` (the one that captures rows, where they are). A partition that is being detached counts no more.
+/// triggers to be per row?), `triggers` (those that capture, and the transactions that changed them last), `filenode`. A partition that is
+/// being detached counts no more.
 pub fn tree(objects: &Objects) -> String {
     format!(
         "RECURSIVE ours AS (SELECT oid FROM pg_proc WHERE pronamespace = to_regnamespace('{schema}') AND proname ^@ '{capture}'), \
@@ -24,53 +25,88 @@ tree AS ( \
     SELECT tree.source, tree.root, h.inhrelid, depth + 1, partitioned, by_row \
       FROM tree JOIN pg_inherits h ON h.inhparent = tree.rel AND NOT h.inhdetachpending), \
 present AS ( \
-    SELECT tree.*, coalesce(t.oid, 0) AS trigger FROM tree \
-      LEFT JOIN pg_trigger t ON by_row AND t.tgrelid = tree.rel AND t.tgname = '{BY_ROW}' AND t.tgfoid IN (SELECT oid FROM ours))",
+    SELECT tree.*, c.relfilenode AS filenode, c.relkind = 'r' AS has_rows, (SELECT string_agg(t.oid || ' ' || t.xmin::text, ', ' ORDER BY t.oid) \
+               FROM pg_trigger t WHERE t.tgrelid = tree.rel AND t.tgfoid IN (SELECT oid FROM ours)) AS triggers \
+      FROM tree JOIN pg_class c ON c.oid = tree.rel WHERE partitioned OR rel = root)",
         schema = objects.schema().as_str(),
         capture = objects.capture_prefix(),
         member = objects.member(),
     )
 }
 
-/// What is amiss with the capture of the tables in `$1`, as `(source, what, name)`: `changed` where a tree is not what it was, or a
-/// table has become a subscription's; `off` for a trigger that is missing or not enabled ALWAYS; `inherited` for a child of an ordinary table.
+/// The columns of `rel` and the transactions that defined them.
+fn shape(rel: &str) -> String {
+    format!(
+        "(SELECT string_agg(a.attnum || ' ' || a.xmin::text, ', ' ORDER BY a.attnum) FROM pg_attribute a WHERE a.attrelid = {rel} AND a.attnum > 0 AND NOT a.attisdropped)"
+    )
+}
+
+/// Is what was written down as `m` not what is there as `p`? Either it is captured otherwise (a trigger that was disabled for a while
+/// has another transaction, a partition that was attached again has another trigger), or a new definition of a column has
+/// rewritten its rows, for which no trigger fires.
+fn differs() -> String {
+    format!(
+        "(m.by_row <> p.by_row OR m.triggers IS DISTINCT FROM p.triggers OR m.filenode <> p.filenode AND m.shape IS DISTINCT FROM {})",
+        shape("p.rel")
+    )
+}
+
+/// What is amiss with the capture of the tables in `$1`, as `(source, what, name)`: `changed` where a table or its tree is not what it
+/// was; `off` for a trigger that is disabled, or a table that is not there; `inherited` for a child of an ordinary table; `replaced` for a
+/// table that is another one under the same name. What is worst comes first.
 pub fn look(objects: &Objects) -> String {
     format!(
         "WITH {tree} \
-SELECT source, 'changed', rel::regclass::text FROM present p WHERE (partitioned OR rel = root) \
-    AND NOT EXISTS (SELECT FROM {member} m WHERE (m.source, m.rel, m.by_row, m.trigger) = (p.source, p.rel, p.by_row, p.trigger)) \
+SELECT p.source, 'changed', p.rel::regclass::text FROM present p LEFT JOIN {member} m ON (m.source, m.rel) = (p.source, p.rel) \
+    WHERE m.rel IS NULL OR {differs} \
 UNION ALL \
 SELECT source, 'changed', rel::text FROM {member} m \
     WHERE NOT EXISTS (SELECT FROM tree t WHERE (t.source, t.rel) = (m.source, m.rel)) AND EXISTS (SELECT FROM tree t WHERE t.source = m.source) \
 UNION ALL \
-SELECT source, 'inherited', rel::regclass::text FROM present WHERE NOT partitioned AND rel <> root \
+SELECT source, 'changed', rel::regclass::text FROM present JOIN pg_trigger t ON t.tgrelid = rel AND t.tgenabled IN ('O', 'R') AND t.tgfoid = to_regproc('{fence}') \
 UNION ALL \
-SELECT source, 'off', rel::regclass || '.' || n FROM present, unnest(CASE WHEN by_row THEN ARRAY['{BY_ROW}', 'crossover_capture_truncate'] ELSE \
-        ARRAY['crossover_capture_insert', 'crossover_capture_update', 'crossover_capture_delete', 'crossover_capture_truncate'] END) AS n \
-    WHERE (partitioned OR rel = root) AND NOT EXISTS (SELECT FROM pg_trigger t WHERE t.tgrelid = rel AND t.tgname = n AND t.tgenabled = 'A' \
-        AND t.tgfoid IN (SELECT oid FROM ours)) \
+SELECT source, 'inherited', rel::regclass::text FROM tree WHERE NOT partitioned AND rel <> root \
+UNION ALL \
+SELECT source, 'off', rel::regclass || '.' || t.tgname FROM present JOIN pg_trigger t ON t.tgrelid = rel AND t.tgenabled = 'D' \
+    AND t.tgfoid IN (SELECT oid FROM ours) \
+UNION ALL \
+SELECT source, 'replaced', rel::regclass::text FROM tree WHERE rel = root \
+    AND EXISTS (SELECT FROM {member} m WHERE m.source = tree.source) AND NOT EXISTS (SELECT FROM {member} m WHERE (m.source, m.rel) = (tree.source, tree.rel)) \
 UNION ALL \
 SELECT i - 1, 'off', t.name FROM unnest($1::text[]) WITH ORDINALITY AS t(name, i) WHERE to_regclass(t.name) IS NULL \
-ORDER BY 1, 2, 3",
+ORDER BY 2 DESC, 1, 3",
         tree = tree(objects),
         member = objects.member(),
+        differs = differs(),
+        fence = objects.fence_function(),
+    )
+}
+
+/// Triggers on the trees of `$1` that `ALTER TABLE ... ENABLE TRIGGER ALL` has touched: `(table, trigger, is it the fence)`.
+pub fn half_enabled(objects: &Objects) -> String {
+    format!(
+        "WITH {tree} SELECT rel::regclass::text, quote_ident(t.tgname), t.tgfoid = to_regproc('{fence}') FROM present JOIN pg_trigger t ON t.tgrelid = rel \
+         AND t.tgenabled IN ('O', 'R') AND (t.tgfoid = to_regproc('{fence}') OR t.tgfoid IN (SELECT oid FROM ours)) ORDER BY source, depth, rel",
+        tree = tree(objects),
+        fence = objects.fence_function(),
     )
 }
 
 /// The members of the trees of `$1`, roots first: `(source, name, is it the root, by_row, has it rows of its own, may it have been
-/// truncated, is it known, was it known with another trigger, has it a row trigger, has it a TRUNCATE trigger, is the fence up)`.
+/// truncated, is it known, has it changed since, are all its capture triggers there, is the fence up)`.
 pub fn members(objects: &Objects) -> String {
     format!(
         "WITH {tree} \
-SELECT p.source, p.rel::regclass::text, p.rel = p.root, p.by_row, c.relkind = 'r', pg_relation_filenode(p.rel) IS DISTINCT FROM p.rel, \
-       m.rel IS NOT NULL, m.rel IS NOT NULL AND (m.by_row, m.trigger) <> (p.by_row, p.trigger), \
-       p.trigger <> 0, EXISTS (SELECT FROM pg_trigger t WHERE t.tgrelid = p.rel AND t.tgname = 'crossover_capture_truncate' AND t.tgfoid IN (SELECT oid FROM ours)), \
+SELECT p.source, p.rel::regclass::text, p.rel = p.root, p.by_row, p.has_rows, p.filenode <> p.rel, m.rel IS NOT NULL, m.rel IS NOT NULL AND {differs}, \
+       (SELECT count(*) FROM pg_trigger t WHERE t.tgrelid = p.rel AND t.tgfoid IN (SELECT oid FROM ours) AND t.tgname = ANY ( \
+           CASE WHEN p.by_row THEN ARRAY['{BY_ROW}', 'crossover_capture_truncate'] ELSE ARRAY['crossover_capture_insert', \
+               'crossover_capture_update', 'crossover_capture_delete', 'crossover_capture_truncate'] END)) = CASE WHEN p.by_row THEN 2 ELSE 4 END, \
        EXISTS (SELECT FROM pg_trigger t WHERE t.tgrelid = p.root AND t.tgfoid = to_regproc('{fence}') AND t.tgenabled = 'A') \
-  FROM present p JOIN pg_class c ON c.oid = p.rel LEFT JOIN {member} m ON (m.source, m.rel) = (p.source, p.rel) \
- WHERE p.partitioned OR p.rel = p.root ORDER BY p.source, p.depth, p.rel",
+  FROM present p LEFT JOIN {member} m ON (m.source, m.rel) = (p.source, p.rel) ORDER BY p.source, p.depth, p.rel",
         tree = tree(objects),
-        fence = objects.fence_function(),
         member = objects.member(),
+        differs = differs(),
+        fence = objects.fence_function(),
     )
 }
 
@@ -86,7 +122,8 @@ pub fn gone(objects: &Objects) -> String {
 /// Writes the trees of `$1` down as they are.
 pub fn remember(objects: &Objects) -> String {
     format!(
-        "WITH {tree} INSERT INTO {member} SELECT source, rel, by_row, trigger FROM present WHERE partitioned OR rel = root",
+        "WITH {tree} INSERT INTO {member} SELECT source, rel, by_row, triggers, filenode, {shape} FROM present AS p",
+        shape = shape("p.rel"),
         tree = tree(objects),
         member = objects.member(),
     )

@@ -97,7 +97,8 @@ impl Objects {
             "CREATE TABLE {log} (xid xid8 NOT NULL, at timestamptz NOT NULL, source int NOT NULL, key text[],
     ring int NOT NULL DEFAULT (extract(epoch FROM clock_timestamp())::bigint / {rotation_seconds}) % {LOG_RING}
 ) PARTITION BY LIST (ring);
-{rings}{indexes}CREATE TABLE {member} (source int NOT NULL, rel oid NOT NULL, by_row boolean NOT NULL, trigger oid NOT NULL, PRIMARY KEY (source, rel));
+{rings}{indexes}CREATE TABLE {member} (source int NOT NULL, rel oid NOT NULL, by_row boolean NOT NULL, triggers text, filenode oid NOT NULL, shape text,
+    PRIMARY KEY (source, rel));
 CREATE TABLE {origin} (xid xid8 PRIMARY KEY);
 CREATE TABLE {counter} (n bigint NOT NULL);
 INSERT INTO {counter} VALUES (0);

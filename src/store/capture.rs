@@ -19,9 +19,8 @@ struct Member {
     has_rows: bool,
     maybe_truncated: bool,
     known: bool,
-    other_trigger: bool,
-    row_trigger: bool,
-    truncate_trigger: bool,
+    changed: bool,
+    complete: bool,
     fenced: bool,
 }
 
@@ -45,10 +44,9 @@ impl<S: Session> Store<S> {
                     has_rows: flag(4),
                     maybe_truncated: flag(5),
                     known: flag(6),
-                    other_trigger: flag(7),
-                    row_trigger: flag(8),
-                    truncate_trigger: flag(9),
-                    fenced: flag(10),
+                    changed: flag(7),
+                    complete: flag(8),
+                    fenced: flag(9),
                 })
             })
             .collect()
@@ -76,14 +74,14 @@ impl<S: Session> Store<S> {
     }
 
     /// # Errors
-    /// `Error::CaptureChanged` where [`Store::renew_capture`] has something to do. `Error::Diverged`: a trigger that was dropped or
-    /// disabled lets changes slip, and replication stops rather than lose them silently.
+    /// `Error::CaptureChanged` where [`Store::renew_capture`] has something to do. `Error::Diverged`: a trigger that is disabled lets
+    /// changes slip, and replication stops rather than lose them silently; once it is enabled again, the whole table is compared.
     pub fn check_capture(&mut self) -> Result<()> {
         let found = self.look_at_capture()?;
-        if found.iter().any(|(what, _)| what == "changed") {
+        let Some((what, _)) = found.first() else { return Ok(()) };
+        if what == "changed" {
             return Err(Error::CaptureChanged);
         }
-        let Some((what, _)) = found.first() else { return Ok(()) };
         let list =
             found.iter().filter(|(w, _)| w == what).map(|(_, name)| name.as_str()).collect::<Vec<_>>().join(", ");
         let side = self.side();
@@ -93,6 +91,7 @@ impl<S: Session> Store<S> {
                     "Tables inherit from a table of the {side} store, and changes of their rows are not captured: {list}."
                 )
             }
+            "replaced" => format!("Tables of the {side} store were dropped and made anew: {list}."),
             _ => format!("Capture is not enabled on the {side} store: {list}."),
         };
         Err(Error::Diverged { name: String::new(), detail })
@@ -100,9 +99,9 @@ impl<S: Session> Store<S> {
 
     /// As [`Store::check_capture`] for a store whose changes do not count at present: only what can be mended is an error.
     pub fn check_idle_capture(&mut self) -> Result<()> {
-        match self.look_at_capture()?.iter().any(|(what, _)| what == "changed") {
-            true => Err(Error::CaptureChanged),
-            false => Ok(()),
+        match self.look_at_capture()?.first() {
+            Some((what, _)) if what == "changed" => Err(Error::CaptureChanged),
+            _ => Ok(()),
         }
     }
 
@@ -118,55 +117,49 @@ impl<S: Session> Store<S> {
             .collect())
     }
 
-    /// Brings capture up to date with partitions that came or went and with subscriptions, in a transaction of its own; each root is
-    /// locked against ATTACH and DETACH (SHARE UPDATE EXCLUSIVE), what gets triggers against writers. Where the store's changes
+    /// Brings capture up to date with partitions that came or went, with subscriptions, with triggers that were dropped or off for a
+    /// while, or enabled with all others (the fence is to be up if `fenced`), and with rows that DDL has rewritten; in a transaction of its own. Each root is locked against ATTACH and DETACH (SHARE UPDATE EXCLUSIVE), what gets triggers against writers. Where the store's changes
     /// count (`logged`), what happened unseen is logged: the rows that came, or the scope that overlaps every scope.
     ///
     /// # Errors
     /// Contention, after which it is tried again; or that the role may not.
-    pub fn renew_capture(&mut self, logged: bool) -> Result<()> {
+    pub fn renew_capture(&mut self, logged: bool, fenced: bool) -> Result<()> {
         self.session.begin(Isolation::ReadCommitted, &[])?;
-        let result = self.renew(logged).and_then(|()| self.session.commit());
+        let result = self.renew(logged, fenced).and_then(|()| self.session.commit());
         if result.is_err() {
             self.session.rollback();
         }
         result
     }
 
-    fn renew(&mut self, logged: bool) -> Result<()> {
+    fn renew(&mut self, logged: bool, fenced: bool) -> Result<()> {
         self.session.become_replica()?;
         self.session.set_lock_timeout(settings::lock_attempt())?;
         for m in self.members()?.iter().filter(|m| m.is_root) {
             self.session.admin_batch(&format!("LOCK TABLE ONLY {} IN SHARE UPDATE EXCLUSIVE MODE", m.name))?;
         }
         let names = self.names();
+        for row in self.session.admin_query(&capture::half_enabled(&self.objects), &[Some(&names)])? {
+            let [Some(rel), Some(trigger), is_fence] = &row[..] else { continue };
+            let on = fenced || is_fence.as_deref() != Some("t");
+            self.session.admin_batch(&format!("ALTER TABLE {rel} {} TRIGGER {trigger}", fence_mode(on)))?;
+        }
         let gone = self.session.admin_query(&capture::gone(&self.objects), &[Some(&names)])?;
         let mut whole: Vec<usize> =
             gone.iter().map(|r| super::parse(r[0].as_deref().unwrap_or(""))).collect::<Result<_>>()?;
         let mut log = String::new();
         for m in self.members()? {
-            let table = &self.tables[m.source];
-            if m.is_root && m.by_row && !m.row_trigger {
-                let mut sql = String::new();
-                let ours = self.session.admin_query(&capture::triggers(&self.objects, false), &[Some(&names)])?;
-                for row in ours.iter().filter(|r| r[0].as_deref() == Some(&m.name)) {
-                    sql += &format!("DROP TRIGGER {} ON {};\n", row[1].as_deref().unwrap_or(""), m.name);
-                }
-                sql += &table.create_capture(&self.objects, true);
-                sql += &format!("ALTER TABLE {} {} TRIGGER crossover_fence_row;\n", m.name, fence_mode(m.fenced));
-                sql += &table.member_triggers(&self.objects, &m.name, m.fenced);
+            if m.is_root && !m.complete {
+                self.rebuild(&m)?;
+            } else if !m.complete {
+                let sql = self.tables[m.source].member_triggers(&self.objects, &m.name, m.fenced);
                 self.session.admin_batch(&sql)?;
-                whole.push(m.source);
-                continue;
-            }
-            if m.by_row && !m.truncate_trigger {
-                self.session.admin_batch(&table.member_triggers(&self.objects, &m.name, m.fenced))?;
             }
             // A table that was truncated or rewritten has another file than at first: it may have held rows that were replicated.
-            if m.other_trigger || !m.known && m.has_rows && m.maybe_truncated {
+            if m.changed || !m.known && m.has_rows && m.maybe_truncated {
                 whole.push(m.source);
             } else if !m.known && m.has_rows {
-                log += &format!("{};\n", table.log_member(&self.objects, &m.name));
+                log += &format!("{};\n", self.tables[m.source].log_member(&self.objects, &m.name));
             }
         }
         let left = self.session.admin_query(&capture::left_behind(&self.objects), &[Some(&names)])?;
@@ -184,6 +177,25 @@ impl<S: Session> Store<S> {
         }
         self.session.admin_execute(&format!("DELETE FROM {}", self.objects.member()), &[])?;
         self.remember()
+    }
+
+    /// Makes the triggers of a root anew: some are missing, or they are to be per row from now on.
+    fn rebuild(&mut self, root: &Member) -> Result<()> {
+        let names = self.names();
+        let ours = self.session.admin_query(&capture::triggers(&self.objects, false), &[Some(&names)])?;
+        let mut sql = String::new();
+        for row in ours.iter().filter(|r| r[0].as_deref() == Some(&root.name)) {
+            sql += &format!("DROP TRIGGER {} ON {};\n", row[1].as_deref().unwrap_or(""), root.name);
+        }
+        let (table, mode) = (&self.tables[root.source], fence_mode(root.fenced));
+        sql += &table.create_capture(&self.objects, root.by_row);
+        if root.by_row {
+            sql += &table.member_triggers(&self.objects, &root.name, root.fenced);
+            sql += &format!("ALTER TABLE {} {mode} TRIGGER crossover_fence_row", root.name);
+        } else {
+            sql += &format!("ALTER TABLE {} {mode} TRIGGER crossover_fence", root.name);
+        }
+        self.session.admin_batch(&sql)
     }
 
     /// The triggers that this migration has here, by table, as statements that drop them.

@@ -231,6 +231,7 @@ impl Worker {
         self.ctx.connect()?;
         self.ctx.stores()?.1.session.set_patience(cycle::STALL);
         setup::ensure_watermark(&mut self.ctx)?;
+        cycle::look_after_capture(&mut self.ctx)?;
         let running = self.copiers.len();
         self.copiers.retain(|c| !c.has_stopped());
         if self.copiers.len() < running {
