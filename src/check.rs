@@ -305,14 +305,16 @@ pub fn second_server<S: Session>(
             );
             continue;
         };
-        if !matches!(found.kind, 'r' | 'p') {
+        if found.kind == 'p' {
+            // Its rows are named by ctid, which says nothing over several partitions: an UPDATE would change other rows as well.
+            problems.push(Problem::new(&object, "is partitioned").hint(
+                "postgres_fdw cannot tell rows of different partitions apart when it updates them. An ordinary table can be a target.",
+            ));
+        } else if found.kind != 'r' {
             problems.push(Problem::new(&object, "is not a table").hint("A view cannot be a target."));
             continue;
         }
         for (message, hint) in tree_problems(&found) {
-            problems.push(Problem::new(&object, message).hint(hint));
-        }
-        for (message, hint) in catalog::tree(session, found.table.oid)?.iter().skip(1).filter_map(member_problem) {
             problems.push(Problem::new(&object, message).hint(hint));
         }
         if found.persistence == 'u' {
