@@ -59,7 +59,8 @@ CREATE TABLE crossover.activity (
     last_error_hint text,
     waiting_for     text,
     retries         bigint NOT NULL DEFAULT 0,
-    parked          bigint NOT NULL DEFAULT 0
+    parked          bigint NOT NULL DEFAULT 0,
+    copy_due        timestamptz           -- when the next chunk of a throttled copy may begin
 );
 COMMENT ON TABLE crossover.activity IS 'what the worker of each migration is doing';
 

@@ -5,10 +5,10 @@
 //! its own length only.
 
 use std::collections::BTreeMap;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::catalog;
-use crate::context::Context;
+use crate::context::{Context, FirstStore};
 use crate::cycle;
 use crate::cycle::write::Writer;
 use crate::error::{Error, Result};
@@ -20,6 +20,8 @@ use crate::store::{Derived, Isolation, Owed, Session, parse};
 const BUFFER: usize = 64 * 1024;
 /// How long the second server may take to analyze one table.
 const ANALYZE_PATIENCE: Duration = Duration::from_secs(600);
+/// How often a worker that waits for its turn looks whether the copy goes on.
+const LOOK_EVERY: Duration = Duration::from_millis(200);
 /// Rows fetched at a time.
 const FETCH: i64 = 500;
 
@@ -30,6 +32,8 @@ struct Chunk {
     number: i64,
     after: Option<String>,
     last: Option<String>,
+    /// When its turn comes in a throttled copy.
+    due: Instant,
 }
 
 /// Copies chunk after chunk until none is left or the migration is not copying any more. The body of a copy worker.
@@ -41,6 +45,9 @@ pub fn work(ctx: &mut Context) -> Result<()> {
         }
         ctx.connect()?;
         let Some(chunk) = claim(ctx)? else { return Ok(()) };
+        if !wait_until_due(ctx, &chunk)? {
+            return Ok(());
+        }
         ctx.refresh_constraints()?;
         ctx.stores()?.1.session.set_patience(cycle::STALL);
         fault::point("copy:claimed")?;
@@ -81,7 +88,8 @@ fn claim(ctx: &mut Context) -> Result<Option<Chunk>> {
 
 fn claim_in(ctx: &mut Context) -> Result<Option<Chunk>> {
     let id = ctx.migration.id.to_string();
-    let size = ctx.migration.options.chunk_rows.to_string();
+    let (size, rate) = (ctx.migration.options.chunk_size(), ctx.migration.options.copy_rate);
+    let rows = size.to_string();
     let first = &mut ctx.first;
     let orphan = first.session.admin_query(
         "UPDATE crossover.chunk c SET worker = pg_backend_pid() WHERE (migration_id, index, chunk) = ( \
@@ -96,6 +104,7 @@ fn claim_in(ctx: &mut Context) -> Result<Option<Chunk>> {
             number: parse(row[1].as_deref().unwrap_or(""))?,
             after: row[2].clone(),
             last: row[3].clone(),
+            due: Instant::now(),
         }));
     }
     let next = first.session.admin_query(
@@ -115,7 +124,7 @@ fn claim_in(ctx: &mut Context) -> Result<Option<Chunk>> {
     let number: i64 = parse::<i64>(row[1].as_deref().unwrap_or(""))? + 1;
     let after = row[2].clone();
     let sql = first.table(index).chunk_end();
-    let last = first.one(&sql, &[after.as_deref(), Some(&size)])?;
+    let last = first.one(&sql, &[after.as_deref(), Some(&rows)])?;
     let (i, n) = (index.to_string(), number.to_string());
     first.session.admin_execute(
         "UPDATE crossover.migrated_table SET last_chunk = $3::text::bigint, last_key = $4::text, handed_out = $4 IS NULL, \
@@ -127,7 +136,34 @@ fn claim_in(ctx: &mut Context) -> Result<Option<Chunk>> {
          VALUES ($1::text::int, $2::text::int, $3::text::bigint, $4::text, $5::text, pg_backend_pid())",
         &[Some(&id), Some(&i), Some(&n), after.as_deref(), last.as_deref()],
     )?;
-    Ok(Some(Chunk { index, number, after, last }))
+    let wait = match rate {
+        Some(rate) => schedule(first, &id, size as f64 / rate as f64)?,
+        None => Duration::ZERO,
+    };
+    Ok(Some(Chunk { index, number, after, last, due: Instant::now() + wait }))
+}
+
+/// Takes the next turn of a throttled copy, which is as long as its rows are due in: one schedule for all workers, so that it does not
+/// matter how many there are, nor how long each takes. Time in which nobody copied is not made up for.
+fn schedule(first: &mut FirstStore, migration: &str, seconds: f64) -> Result<Duration> {
+    let rows = first.session.admin_query(
+        "UPDATE crossover.activity SET copy_due = greatest(copy_due, clock_timestamp()) + make_interval(secs => $2::text::float8) \
+         WHERE migration_id = $1::text::int RETURNING extract(epoch FROM copy_due - clock_timestamp())::float8 - $2::text::float8",
+        &[Some(migration), Some(&seconds.to_string())],
+    )?;
+    let wait: f64 = parse(rows.first().and_then(|r| r[0].as_deref()).unwrap_or("0"))?;
+    Ok(Duration::from_secs_f64(wait.clamp(0.0, 3600.0)))
+}
+
+/// Waits for a chunk's turn, in no transaction. False when the copy has been stopped meanwhile.
+fn wait_until_due(ctx: &mut Context, chunk: &Chunk) -> Result<bool> {
+    while Instant::now() < chunk.due {
+        crate::lock::wait_latch(chunk.due.saturating_duration_since(Instant::now()).min(LOOK_EVERY));
+        if !ctx.reload()? || ctx.migration.paused || ctx.migration.phase != crate::state::Phase::Copying {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }
 
 /// The rows of a chunk that is on the second store already; a crash came between its commit and ours.

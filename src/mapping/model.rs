@@ -37,6 +37,8 @@ pub struct Options {
     pub conflicts: Policy,
     pub copy_workers: i32,
     pub chunk_rows: i64,
+    /// Rows per second, over all copy workers.
+    pub copy_rate: Option<i64>,
     pub fence: bool,
     pub target: Target,
     pub takeover: Takeover,
@@ -73,6 +75,7 @@ impl Default for Options {
             conflicts: Policy::Latest,
             copy_workers: 2,
             chunk_rows: 10_000,
+            copy_rate: None,
             fence: true,
             target: Target::Empty,
             takeover: Takeover::Both,
@@ -82,6 +85,11 @@ impl Default for Options {
 }
 
 impl Options {
+    /// Rows of one chunk: no more than are due in a tenth of a second, so that a throttled copy goes on evenly.
+    pub fn chunk_size(&self) -> i64 {
+        self.copy_rate.map_or(self.chunk_rows, |rate| self.chunk_rows.min(rate / 10).max(1))
+    }
+
     pub fn parse(text: &str) -> Result<Options, Problem> {
         let options: Options = serde_json::from_str(text).map_err(|e| Problem::new("options", e.to_string()))?;
         if !(1..=32).contains(&options.copy_workers) {
@@ -89,6 +97,9 @@ impl Options {
         }
         if !(1..=1_000_000).contains(&options.chunk_rows) {
             return Err(Problem::new("options.chunk_rows", "is not between 1 and 1000000"));
+        }
+        if options.copy_rate.is_some_and(|rate| !(1..=1_000_000_000).contains(&rate)) {
+            return Err(Problem::new("options.copy_rate", "is not between 1 and 1000000000 rows/s"));
         }
         Ok(options)
     }

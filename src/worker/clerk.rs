@@ -170,6 +170,9 @@ fn file(request: &Request) -> Result<i64> {
     match filed {
         Ok((id, owner, migration)) => {
             session.commit()?;
+            if request.kind == "pause" {
+                cancel_work(&mut session, migration)?;
+            }
             if request.start.is_some() {
                 start_migration(my_database(), pg_sys::Oid::from(owner), migration)?;
             }
@@ -180,6 +183,19 @@ fn file(request: &Request) -> Result<i64> {
             Err(e)
         }
     }
+}
+
+/// Cancels what the migration's processes are doing, so that they look at their requests now. Not a switch: that one ends first.
+fn cancel_work(session: &mut LocalSession, migration: i32) -> Result<()> {
+    session
+        .read(
+            "SELECT pg_cancel_backend(p.pid) FROM pg_stat_activity p WHERE p.backend_type IN ('pg_crossover migration', 'pg_crossover copy') \
+               AND p.pid IN (SELECT worker_pid FROM crossover.activity WHERE migration_id = $1::text::int \
+                             UNION ALL SELECT worker FROM crossover.chunk WHERE migration_id = $1::text::int) \
+               AND NOT EXISTS (SELECT FROM crossover.request WHERE migration_id = $1::text::int AND status = 'running')",
+            &[Some(&migration.to_string())],
+        )
+        .map(drop)
 }
 
 fn file_in(session: &mut LocalSession, request: &Request) -> Result<(i64, u32, i32)> {
@@ -203,6 +219,10 @@ fn file_in(session: &mut LocalSession, request: &Request) -> Result<(i64, u32, i
         )?;
     }
     let answer = answer_of_the_past(session, request)?;
+    if request.kind == "pause" {
+        session
+            .execute("UPDATE crossover.migration SET paused = true WHERE name = $1::text", &[Some(&request.name)])?;
+    }
     let status = if answer.is_some() { "done" } else { "queued" };
     let rows = session.query(
         "INSERT INTO crossover.request (migration_id, kind, arguments, who, caller_pid, deadline, status, answer) \

@@ -7,19 +7,24 @@ use super::{assignment, connect, exit};
 use crate::context::Context;
 use crate::copy;
 use crate::error::Result;
-use crate::store::local::LocalSession;
+use crate::store::local::{LocalSession, catch};
+
+const CANCELLED: &str = "57014";
 
 #[pg_guard]
 #[unsafe(no_mangle)]
 pub extern "C-unwind" fn crossover_copy_main(_arg: pg_sys::Datum) {
     let assignment = assignment();
     connect(assignment);
-    let result = run(assignment.number as i32);
-    if let Err(e) = result {
-        crate::error::raise(PgLogLevel::WARNING, &e);
-        exit(1);
+    match catch(|| run(assignment.number as i32)).and_then(|result| result) {
+        // Cancelled, by migration_pause as a rule.
+        Err(e) if e.sqlstate() == CANCELLED => exit(0),
+        Err(e) => {
+            crate::error::raise(PgLogLevel::WARNING, &e);
+            exit(1)
+        }
+        Ok(()) => exit(0),
     }
-    exit(0)
 }
 
 fn run(id: i32) -> Result<()> {
@@ -28,7 +33,9 @@ fn run(id: i32) -> Result<()> {
     ctx.load_tables()?;
     let result = copy::work(&mut ctx);
     ctx.rollback_all();
-    if let Err(e) = &result {
+    if let Err(e) = &result
+        && e.sqlstate() != CANCELLED
+    {
         ctx.first.session.write(
             "UPDATE crossover.activity SET last_error = $2::text, last_error_at = clock_timestamp(), retries = retries + 1 WHERE migration_id = $1::text::int",
             &[Some(&id.to_string()), Some(&e.to_string())],

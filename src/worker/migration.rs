@@ -84,6 +84,8 @@ struct Worker {
     figures_at: Instant,
     copied: u64,
     had_error: bool,
+    /// A request is being carried out.
+    serving: bool,
 }
 
 /// What a turn of the loop wants next.
@@ -112,22 +114,28 @@ fn run(assignment: Assignment) -> Result<()> {
         figures_at: now,
         copied: 0,
         had_error: true,
+        serving: false,
     };
     worker.begin()?;
+    let mut pause = Duration::ZERO;
     loop {
-        // SAFETY: starts the statement clock of this turn.
-        unsafe { pg_sys::SetCurrentStatementStartTimestamp() };
-        reload_configuration();
-        wait_latch(Duration::ZERO);
-        let next = match worker.turn() {
-            Ok(next) => next,
-            Err(e) => worker.failed(&e),
+        let turn = catch(|| {
+            wait_latch(pause);
+            // SAFETY: starts the statement clock of this turn.
+            unsafe { pg_sys::SetCurrentStatementStartTimestamp() };
+            reload_configuration();
+            worker.turn()
+        });
+        let next = match turn {
+            Ok(Ok(next)) => next,
+            Ok(Err(e)) => worker.failed(&e),
+            Err(e) => worker.interrupted(e)?,
         };
-        match next {
-            Next::Again => {}
-            Next::Wait(time) => wait_latch(time),
+        pause = match next {
+            Next::Again => Duration::ZERO,
+            Next::Wait(time) => time,
             Next::Stop => return Ok(()),
-        }
+        };
     }
 }
 
@@ -295,7 +303,9 @@ impl Worker {
                 "UPDATE crossover.request SET status = 'running' WHERE id = $1::text::bigint",
                 &[Some(&field(0))],
             )?;
+            self.serving = true;
             let result = self.carry_out(&field(1), &arguments, &order);
+            self.serving = false;
             self.ctx.rollback_all();
             switch::show_waiting(&mut self.ctx, None)?;
             if matches!(result, Err(Error::Parked { .. })) {
@@ -463,6 +473,16 @@ impl Worker {
         let id = self.id();
         self.write("DELETE FROM crossover.migration WHERE id = $1::text::int", &[Some(&id)])?;
         Ok(())
+    }
+
+    /// Somebody has cancelled what was going on: `migration_pause`, or a DBA. A cycle or a chunk is begun anew (or not, as the requests
+    /// say); out of a request the way back is the one after a crash.
+    fn interrupted(&mut self, error: Error) -> Result<Next> {
+        self.ctx.rollback_all();
+        if self.serving || error.sqlstate() != "57014" || self.ctx.first.session.in_transaction() {
+            return Err(error);
+        }
+        Ok(Next::Again)
     }
 
     fn failed(&mut self, error: &Error) -> Next {

@@ -1,0 +1,122 @@
+//! The limits that an operator sets hold, from both sides.
+
+use std::time::{Duration, Instant};
+
+use pgrx_tests::wait::{LONG, SOON, until};
+use pgrx_tests::{Migration, Pair, Witness};
+use serde_json::{Value, json};
+
+/// `rows` rows of a number and a text.
+fn create(pair: &Pair, rows: u32) -> Value {
+    pair.first.sql(&format!(
+        "CREATE TABLE heap (id integer PRIMARY KEY, n integer NOT NULL DEFAULT 0, body text);
+         INSERT INTO heap SELECT i, 0, 'body ' || i FROM generate_series(1, {rows}) AS i; ANALYZE heap"
+    ));
+    pair.second_store("pile", "CREATE TABLE heap (id integer PRIMARY KEY, n integer NOT NULL, body text)");
+    json!({"tables": [{"first": "public.heap", "second": "pile.heap"}]})
+}
+
+/// Rows that a rule is slow to derive.
+fn slow(mapping: &Value) -> Value {
+    let mut mapping = mapping.clone();
+    mapping["tables"][0]["forward"] = json!({"body": "left(repeat(md5(repeat(body, 20000)), 2), 40)"});
+    mapping["tables"][0]["backward"] = json!({"body": "body"});
+    mapping
+}
+
+#[test]
+fn copy_rate_holds_within_a_tenth() {
+    let pair = Pair::new();
+    let mapping = create(&pair, 60_000);
+    for (name, rate, workers) in [("one", 3000_i64, 1), ("four", 6000, 4)] {
+        let options = json!({"copy_rate": rate, "copy_workers": workers, "target": "truncate"});
+        let migration = Migration::start_with(&pair, name, &mapping, &options);
+        let mut client = pair.first.connect();
+        // Both figures are of one moment: the view's, and the server's clock.
+        let mut look = || -> (i64, f64) {
+            let query = "SELECT rows_copied::bigint, extract(epoch FROM clock_timestamp())::float8 FROM migration_progress WHERE name = $1";
+            let row = client.query_one(query, &[&name]).expect("the progress");
+            (row.get(0), row.get(1))
+        };
+        until("the copy has begun", SOON, || look().0 > rate / 5);
+        let (rows, at) = look();
+        until("it has gone on for a while", SOON, || look().1 > at + 4.0);
+        let (rows, seconds) = (look().0 - rows, look().1 - at);
+        #[allow(clippy::cast_precision_loss)]
+        let ratio = rows as f64 / (seconds * rate as f64);
+        println!("{workers} workers: {rows} rows in {seconds:.2} s, {ratio:.3} of the rate");
+        assert!((0.9..=1.1).contains(&ratio), "{workers} workers: {ratio:.3} of the rate");
+        migration.cancel();
+    }
+}
+
+/// Asserts that nothing of ours holds a snapshot or a transaction on either server, nor copies.
+fn assert_at_rest(pair: &Pair) {
+    let busy = "SELECT coalesce(string_agg(concat_ws(' ', backend_type, application_name, state, backend_xmin, query), '; '), '') FROM pg_stat_activity \
+                WHERE (backend_type LIKE 'pg_crossover%' OR application_name LIKE 'pg_crossover%') AND backend_type <> 'pg_crossover launcher' \
+                  AND (backend_xmin IS NOT NULL OR backend_xid IS NOT NULL OR state LIKE '%in transaction%' OR backend_type = 'pg_crossover copy')";
+    // The worker reads its requests now and then.
+    until("the first server is at rest", SOON, || pair.first.text(busy).as_deref() == Some(""));
+    assert_eq!(pair.second.text(busy).as_deref(), Some(""));
+}
+
+fn pause(migration: &Migration) {
+    let began = Instant::now();
+    migration.call("pause");
+    let took = began.elapsed();
+    println!("paused in {took:?}");
+    assert!(took < Duration::from_secs(1), "migration_pause took {took:?}");
+}
+
+#[test]
+fn a_pause_stops_a_copy_and_a_cycle_within_a_second() {
+    let pair = Pair::new();
+    let witness = Witness::of(&pair.first);
+    let mapping = slow(&create(&pair, 30_000));
+    let migration =
+        Migration::start_with(&pair, "slow", &mapping, &json!({"chunk_rows": 1_000_000, "copy_workers": 2}));
+    let copying =
+        "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'pg_crossover copy' AND backend_xmin IS NOT NULL";
+    until("a chunk is being copied", SOON, || pair.first.text(copying).as_deref() != Some("0"));
+    pause(&migration);
+    assert_at_rest(&pair);
+    assert_eq!(migration.state(), "copying");
+    pair.first.sql("DELETE FROM heap WHERE id > 4000; UPDATE heap SET n = 1");
+    migration.call("resume");
+    migration.until_state("first");
+    // A cycle over many rows.
+    pair.first.sql("UPDATE heap SET n = 2");
+    let cycling = "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'pg_crossover migration' AND backend_xmin IS NOT NULL";
+    until("a cycle is at work", SOON, || pair.first.text(cycling).as_deref() != Some("0"));
+    pause(&migration);
+    assert_at_rest(&pair);
+    migration.call("resume");
+    migration.settle();
+    assert_equal(&pair);
+    // The second server does not answer.
+    pair.second.pause();
+    pair.first.sql("UPDATE heap SET n = 3");
+    until("the worker waits for the second server", SOON, || pair.first.text(cycling).as_deref() != Some("0"));
+    pause(&migration);
+    until("no snapshot is held", SOON, || pair.first.text(cycling).as_deref() == Some("0"));
+    pair.second.resume();
+    migration.call("resume");
+    migration.try_wait(LONG).expect("it goes on");
+    assert_equal(&pair);
+    // A DBA's cancel of the worker does no harm either.
+    let worker = migration.worker();
+    pair.first.sql(&format!("UPDATE heap SET n = 4; SELECT pg_cancel_backend({worker})"));
+    migration.settle();
+    assert_eq!(migration.worker(), worker);
+    assert_equal(&pair);
+    migration.cancel();
+    witness.testify();
+}
+
+fn assert_equal(pair: &Pair) {
+    let first = "SELECT count(*) || ' ' || sum(n) || ' ' || min(n) FROM heap";
+    assert_eq!(
+        pair.first.text(first),
+        pair.second.text("SELECT count(*) || ' ' || sum(n) || ' ' || min(n) FROM pile.heap")
+    );
+}
