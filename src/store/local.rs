@@ -343,15 +343,29 @@ impl LocalSession {
     /// or go once the parent is locked.
     fn lock_tree(&mut self, oid: u32, mode: i32, deadline: Instant) -> Result<()> {
         // SAFETY: in a transaction; the lock manager releases the lock at its end.
-        catch(|| unsafe { pg_sys::LockRelationOid(pg_sys::Oid::from(oid), mode) })?;
-        let sql = "SELECT inhrelid::int8 FROM pg_inherits WHERE inhparent = $1::text::oid ORDER BY inhrelid";
-        for row in self.admin_query(sql, &[Some(&oid.to_string())])? {
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return Err(Error::LockNotAvailable);
+        let lock = |oid: u32| catch(|| unsafe { pg_sys::LockRelationOid(pg_sys::Oid::from(oid), mode) });
+        lock(oid)?;
+        let mut parents = vec![oid];
+        let mut bound = None;
+        while let Some(parent) = parents.pop() {
+            let sql = "SELECT h.inhrelid::int8, c.relkind = 'p' FROM pg_inherits h JOIN pg_class c ON c.oid = h.inhrelid \
+                       WHERE h.inhparent = $1::text::oid ORDER BY h.inhrelid";
+            for row in self.admin_query(sql, &[Some(&parent.to_string())])? {
+                let left = deadline.saturating_duration_since(Instant::now());
+                if left.is_zero() {
+                    return Err(Error::LockNotAvailable);
+                }
+                // A statement for each of thousands of partitions would take longer than the locks.
+                if bound.is_none_or(|b| left + Duration::from_millis(5) < b) {
+                    self.set_lock_timeout(left)?;
+                    bound = Some(left);
+                }
+                let child: u32 = parse(row[0].as_deref().unwrap_or("0"))?;
+                lock(child)?;
+                if row[1].as_deref() == Some("t") {
+                    parents.push(child);
+                }
             }
-            self.set_lock_timeout(left)?;
-            self.lock_tree(parse(row[0].as_deref().unwrap_or("0"))?, mode, deadline)?;
         }
         Ok(())
     }
