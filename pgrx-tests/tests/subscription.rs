@@ -1,6 +1,7 @@
 //! Tables that a subscription fills: a third server publishes, and what the apply worker writes is captured.
 
 use pgrx_tests::cluster::{Cluster, explain};
+use pgrx_tests::schema::traces;
 use pgrx_tests::wait::{SOON, until};
 use pgrx_tests::{Migration, Pair, market};
 
@@ -103,6 +104,8 @@ fn a_subscription_that_comes_later_is_noticed() {
     market::assert_equal(&pair, "");
     migration.walk(&["both", "second", "both", "first"]);
     migration.cancel();
+    assert_eq!(traces(&pair.first), Vec::<String>::new());
+    assert_eq!(traces(&pair.second), Vec::<String>::new());
 }
 
 #[test]
