@@ -299,6 +299,11 @@ fn what_cannot_be_captured_is_refused() {
     let mapping = json!({"tables": [{"first": "public.parent", "second": "parts.parent"}]});
     let error = Migration::named(&pair, "no").try_start(&mapping, &json!({})).expect_err("partitioned there");
     assert!(explain(&error).contains("on the second server: is partitioned"), "{}", explain(&error));
+    pair.second.sql("CREATE TABLE parts.parent_0 PARTITION OF parts.parent FOR VALUES WITH (MODULUS 1, REMAINDER 0)");
+    pair.first.sql("IMPORT FOREIGN SCHEMA parts LIMIT TO (parent_0) FROM SERVER second_server INTO parts");
+    let mapping = json!({"tables": [{"first": "public.parent", "second": "parts.parent_0"}]});
+    let error = Migration::named(&pair, "no").try_start(&mapping, &json!({})).expect_err("a partition there");
+    assert!(explain(&error).contains("on the second server: is a partition"), "{}", explain(&error));
     // A child that comes later stops replication rather than lose its rows.
     pair.first.sql("DROP TABLE child");
     let mapping = json!({"tables": [{"first": "public.parent", "second": "other.plain"}]});
