@@ -107,7 +107,7 @@ setup: ## what the other targets need: Debian packages, cargo-pgrx, copies of th
 	@.ci/setup test $(PGRX_VERSION) $(PG) $(PG_CONFIG)
 	@.ci/prefix $(PG) $(CROSSOVER_PREFIX)/$(SERVER) $(PG_CONFIG)
 	@.ci/prefix $(PG) $(CROSSOVER_PREFIX)/$(SERVER)-pgrx $(PG_CONFIG)
-	@[ -f $(PGRX_HOME)/config.toml ] || cargo pgrx init --pg$(PG)=$(PGRX_PG_CONFIG) --no-run
+	@grep -qsF '"$(PGRX_PG_CONFIG)"' $(PGRX_HOME)/config.toml || cargo pgrx init --pg$(PG)=$(PGRX_PG_CONFIG) --no-run
 
 clean: ## remove what was built, and the copies of the servers
 	CARGO_TARGET_DIR=$(CROSSOVER_TARGET_DIR) cargo clean --quiet
