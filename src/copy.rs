@@ -52,7 +52,7 @@ pub fn work(ctx: &mut Context) -> Result<()> {
         ctx.stores()?.1.session.set_patience(cycle::STALL);
         fault::point("copy:claimed")?;
         let rows = match copy(ctx, &chunk) {
-            Err(e) if e.is_rejected_row() => {
+            Err(e) if e.is_rejected_row() || e.is_undefined_name() => {
                 ctx.rollback_all();
                 ctx.connect()?;
                 copy_row_by_row(ctx, &chunk)?

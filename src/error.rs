@@ -229,6 +229,12 @@ impl Error {
         matches!(self, Error::Server { .. }) && self.class_is(&["22", "23", "54", "P0"])
     }
 
+    /// Something is not there that a name stands for: a relation of the statement, or of a value (regclass and the like). Whether it
+    /// is the row's fault shows when the statement runs without rows.
+    pub fn is_undefined_name(&self) -> bool {
+        matches!(self, Error::Server { .. }) && self.class_is(&["42P01", "42704", "42883", "42725", "42602", "42601"])
+    }
+
     /// A unique value is there already, in another row.
     pub fn is_unique_violation(&self) -> bool {
         matches!(self, Error::Server { .. }) && self.sqlstate() == "23505"

@@ -48,10 +48,15 @@ impl<'w> Writer<'w> {
             }
             Err(e) => e,
         };
-        if !(error.is_rejected_row() || error.is_contention() && self.yields) {
+        let rejected = error.is_rejected_row() || error.is_undefined_name();
+        if !(rejected || error.is_contention() && self.yields) {
             return Err(error);
         }
         store.session.rollback_to()?;
+        if error.is_undefined_name() && !rows.is_empty() {
+            // Fails in the same way if the fault is the statement's.
+            store.session.execute(&store.tables[self.index].upsert(), &[Some("{}")])?;
+        }
         if error.is_unique_violation() && self.replace(store, batch)? {
             return Ok(());
         }

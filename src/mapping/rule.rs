@@ -174,6 +174,15 @@ fn key(
                     .hint("One number has several forms then (1, 1.0). Give the column a scale: numeric(p, s)."),
             );
         }
+        if !a.one_text || !b.one_text {
+            problems.push(
+                Problem::new(
+                    format!("{}.{name}", first.rel),
+                    format!("a key column of type {} can hold equal values of different text", a.type_name),
+                )
+                .hint("Keys travel as text: use integers, text with a deterministic collation, uuid, dates, timestamps, numeric(p, s), bytea, enums or network addresses."),
+            );
+        }
         if !keys_agree(a, b) {
             problems.push(
                 Problem::new(
@@ -207,6 +216,9 @@ pub mod tests {
             identity: None,
             default: None,
             collation: None,
+            one_text: true,
+            cast_to_text: false,
+            cast_of_text: false,
             remote_name: Ident::new(name),
         }
     }

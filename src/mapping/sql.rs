@@ -5,7 +5,7 @@
 
 use super::ident::{Ident, RelName, dollar_quoted, quote_literal};
 use super::rule::{Pair, writable};
-use super::table::{Table, key_cast, text_depends_on_settings};
+use super::table::{Column, Table, key_cast, text_depends_on_settings};
 use crate::error::Side;
 
 /// How many tables the change log is spread over; never dropped, all always read.
@@ -163,12 +163,12 @@ pub struct StoreTable {
     /// Where this store's rows are read in the second shape: a rule view on first, the table itself on second.
     read_from: RelName,
     /// Columns of that shape, in its own order, by their names in `read_from`.
-    read_columns: Vec<Ident>,
+    read_columns: Vec<Column>,
     read_key: Vec<(Ident, String)>,
     /// Columns written here, and the query that makes them of the rows that come in.
     written: Vec<Ident>,
-    /// Columns that nothing maps to, with their types: a row that is deleted and inserted again keeps them.
-    unmapped: Vec<(Ident, String)>,
+    /// Columns that nothing maps to: a row that is deleted and inserted again keeps them.
+    unmapped: Vec<Column>,
     pub(super) incoming: String,
     pub(super) key_needs_settings: bool,
 }
@@ -181,7 +181,7 @@ impl StoreTable {
         // Rows come in the second shape; the backward rule is evaluated here, where its types and functions are.
         let raw: Vec<String> = writable(&pair.second)
             .enumerate()
-            .map(|(i, c)| format!("x[{}]::{} AS {}", i + 1, c.cast_type, c.name))
+            .map(|(i, c)| format!("{} AS {}", c.of_text(&format!("x[{}]", i + 1)), c.name))
             .collect();
         let made: Vec<String> = pair
             .backward
@@ -196,13 +196,10 @@ impl StoreTable {
             rel: rel.clone(),
             key_needs_settings: needs_settings(&pair.first),
             read_from: objects.rule_view("forward", pair.index),
-            read_columns: writable(&pair.second).map(|c| c.name.clone()).collect(),
+            read_columns: writable(&pair.second).cloned().collect(),
             read_key: second_key,
             written: pair.backward.iter().map(|(c, _)| c.clone()).collect(),
-            unmapped: writable(&pair.first)
-                .filter(|c| pair.backward_of(&c.name).is_none())
-                .map(|c| (c.name.clone(), c.cast_type.clone()))
-                .collect(),
+            unmapped: writable(&pair.first).filter(|c| pair.backward_of(&c.name).is_none()).cloned().collect(),
             incoming: format!(
                 "SELECT {} FROM (SELECT {} FROM (SELECT r::text[] AS x FROM unnest($1::text[]) AS r OFFSET 0) AS rows OFFSET 0) AS {}",
                 made.join(", "),
@@ -215,16 +212,22 @@ impl StoreTable {
 
     /// The second store's table of `pair`; `remote` is what its own catalog says of it.
     pub fn second(pair: &Pair, remote: &Table) -> StoreTable {
-        let columns: Vec<Ident> = writable(&pair.second).map(|c| c.remote_name.clone()).collect();
+        // A column that the server does not have (any more) stays in the list: statements then fail, and say so.
+        let read_columns: Vec<Column> = writable(&pair.second)
+            .map(|c| {
+                remote
+                    .column(&c.remote_name)
+                    .cloned()
+                    .unwrap_or_else(|| Column { name: c.remote_name.clone(), ..c.clone() })
+            })
+            .collect();
+        let columns: Vec<Ident> = read_columns.iter().map(|c| c.name.clone()).collect();
         let key_names: Vec<Ident> =
             pair.key.iter().filter_map(|(_, b)| pair.second.column(b)).map(|c| c.remote_name.clone()).collect();
-        let made: Vec<String> = columns
+        let made: Vec<String> = read_columns
             .iter()
             .enumerate()
-            .map(|(i, name)| {
-                let cast = remote.column(name).map_or("text", |c| c.cast_type.as_str());
-                format!("x[{}]::{cast} AS {name}", i + 1)
-            })
+            .map(|(i, c)| format!("{} AS {}", c.of_text(&format!("x[{}]", i + 1)), c.name))
             .collect();
         let key = keys(key_names.iter(), remote);
         StoreTable {
@@ -232,14 +235,9 @@ impl StoreTable {
             rel: remote.rel.clone(),
             key_needs_settings: needs_settings(remote),
             read_from: remote.rel.clone(),
-            read_columns: columns.clone(),
+            read_columns,
             read_key: key.clone(),
-            unmapped: remote
-                .columns
-                .iter()
-                .filter(|c| !c.generated && !columns.contains(&c.name))
-                .map(|c| (c.name.clone(), c.cast_type.clone()))
-                .collect(),
+            unmapped: remote.columns.iter().filter(|c| !c.generated && !columns.contains(&c.name)).cloned().collect(),
             written: columns,
             incoming: format!(
                 "SELECT {} FROM (SELECT r::text[] AS x FROM unnest($1::text[]) AS r OFFSET 0) AS rows",
@@ -251,7 +249,7 @@ impl StoreTable {
 
     /// Rows in the second shape: `(key, row)`. With `whole`, all of them; else of the keys in `$1`.
     pub fn derive(&self, whole: bool) -> String {
-        let columns: Vec<String> = self.read_columns.iter().map(|c| format!("d.{c}::text")).collect();
+        let columns: Vec<String> = self.read_columns.iter().map(|c| c.to_text(&format!("d.{}", c.name))).collect();
         let (from, _) = self.keyed(&self.read_from, "d", &self.read_key, whole);
         format!("SELECT {}, ARRAY[{}]::text {from}", key_text("d", &self.read_key), columns.join(", "))
     }
@@ -314,7 +312,7 @@ impl StoreTable {
     /// Writes the row that is `$1` as jsonb, all of its columns.
     pub fn put_image(&self) -> String {
         let key: Vec<String> = self.key.iter().map(|(c, _)| c.to_string()).collect();
-        let columns: Vec<&Ident> = self.written.iter().chain(self.unmapped.iter().map(|(c, _)| c)).collect();
+        let columns: Vec<&Ident> = self.written.iter().chain(self.unmapped.iter().map(|c| &c.name)).collect();
         let list = columns.iter().map(|c| c.to_string()).collect::<Vec<_>>().join(", ");
         let set: Vec<String> = columns.iter().map(|c| format!("{c} = EXCLUDED.{c}")).collect();
         format!(
@@ -331,24 +329,25 @@ impl StoreTable {
         if self.unmapped.is_empty() {
             return None;
         }
-        let names = self.key.iter().chain(&self.unmapped).map(|(c, _)| format!("t.{c}::text"));
+        let key = self.key.iter().map(|(c, _)| format!("t.{c}::text"));
+        let texts = key.chain(self.unmapped.iter().map(|c| c.to_text(&format!("t.{}", c.name))));
         let (from, _) = self.keyed(&self.rel, "t", &self.key, false);
         Some(format!(
             "SELECT {}, ARRAY[{}]::text {from}",
             key_text("t", &self.key),
-            names.collect::<Vec<_>>().join(", ")
+            texts.collect::<Vec<_>>().join(", ")
         ))
     }
 
     /// Inserts those of the rows in `$1` (second shape) whose unmapped columns are in `$2`, with these.
     pub fn insert_again(&self) -> String {
         let columns: Vec<String> = self.written.iter().map(|c| c.to_string()).collect();
-        let kept: Vec<String> = self.unmapped.iter().map(|(c, _)| c.to_string()).collect();
+        let kept: Vec<String> = self.unmapped.iter().map(|c| c.name.to_string()).collect();
         let values: Vec<String> = self
             .unmapped
             .iter()
             .enumerate()
-            .map(|(i, (_, ty))| format!("kept.x[{}]::{ty}", self.key.len() + i + 1))
+            .map(|(i, c)| c.of_text(&format!("kept.x[{}]", self.key.len() + i + 1)))
             .collect();
         let on: Vec<String> =
             self.key.iter().enumerate().map(|(i, (c, ty))| format!("coming.{c} = kept.x[{}]::{ty}", i + 1)).collect();
@@ -374,7 +373,7 @@ impl StoreTable {
     /// Rows in the second shape, column by column, of one chunk: keys after `$1` (a key's text, or NULL) up to and
     /// with `$2` (or NULL), in key order.
     pub fn chunk(&self) -> String {
-        let columns: Vec<String> = self.read_columns.iter().map(|c| format!("d.{c}")).collect();
+        let columns: Vec<String> = self.read_columns.iter().map(|c| format!("d.{}", c.name)).collect();
         format!(
             "SELECT {} FROM {} AS d WHERE {} ORDER BY {}",
             columns.join(", "),

@@ -19,6 +19,11 @@ pub struct Column {
     pub default: Option<String>,
     /// A collation other than the type's own, quoted.
     pub collation: Option<String>,
+    /// Equal values have the same text: what a key needs, as keys travel as text.
+    pub one_text: bool,
+    /// There is a function that casts to text, and one that casts from it: they need not be those that print and read values.
+    pub cast_to_text: bool,
+    pub cast_of_text: bool,
     /// The column's name on the second server, for a foreign table.
     pub remote_name: Ident,
 }
@@ -60,6 +65,26 @@ pub fn keys_agree(a: &Column, b: &Column) -> bool {
 /// The type that a key's text is cast to: wide enough for the keys of either store.
 pub fn key_cast(column: &Column) -> String {
     if key_family(column.type_oid) == 20 { "bigint".to_string() } else { column.cast_type.clone() }
+}
+
+impl Column {
+    /// The text of a value, as the type's output function gives it; `value` is an SQL expression.
+    pub fn to_text(&self, value: &str) -> String {
+        if self.cast_to_text {
+            // The cast is another function: that of bpchar loses trailing blanks.
+            return format!("CASE WHEN {value} IS NOT NULL THEN concat({value}) END");
+        }
+        format!("{value}::text")
+    }
+
+    /// The value of a text, as the type's input function reads it; `text` is an SQL expression.
+    pub fn of_text(&self, text: &str) -> String {
+        if self.cast_of_text {
+            // The cast is another function: that to regclass does not know the text of no relation.
+            return format!("(ARRAY[{text}]::text::{}[])[1]", self.cast_type);
+        }
+        format!("{text}::{}", self.cast_type)
+    }
 }
 
 /// Types whose text depends on a session's settings (DateStyle, TimeZone, extra_float_digits, ...).

@@ -322,10 +322,15 @@ impl<S: Session> Store<S> {
                 self.session.release()?;
                 return Ok(Derived { rows, refused: BTreeMap::new() });
             }
-            Err(e) if e.is_rejected_row() => e,
+            Err(e) if e.is_rejected_row() || e.is_undefined_name() => e,
             Err(e) => return Err(e),
         };
         self.session.rollback_to()?;
+        if error.is_undefined_name() {
+            // Fails in the same way if the fault is the rule's.
+            let without_rows = self.tables[index].derive(false);
+            self.by_key(&without_rows, Some(&[]))?;
+        }
         let all;
         let keys = match keys {
             Some([key]) => {
