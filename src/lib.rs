@@ -11,6 +11,7 @@ mod conflict;
 mod context;
 mod copy;
 mod cycle;
+mod drop_database;
 mod ending;
 mod error;
 mod fault;
@@ -42,6 +43,7 @@ pub extern "C-unwind" fn _PG_init() {
     }
     isolation::init();
     route::init();
+    drop_database::init();
     if !upgrading {
         worker::register_launcher();
     }

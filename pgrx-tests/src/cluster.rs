@@ -171,7 +171,12 @@ impl Cluster {
 
     /// A connection, if the server grants one now: it may be in recovery after a crash.
     pub fn try_connect(&self) -> Result<Client, postgres::Error> {
-        self.config(DATABASE).connect(NoTls)
+        self.try_connect_to(DATABASE)
+    }
+
+    /// A connection to another database, if the server grants one now.
+    pub fn try_connect_to(&self, database: &str) -> Result<Client, postgres::Error> {
+        self.config(database).connect(NoTls)
     }
 
     /// A connection as soon as the server grants one that answers.

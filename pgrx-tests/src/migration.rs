@@ -7,12 +7,14 @@ use serde_json::{Value, json};
 
 use crate::cluster::explain;
 use crate::pair::Pair;
+use crate::template::DATABASE;
 use crate::wait::{LONG, SOON, until, until_some};
 
 /// A named migration on the first server of a pair. Each call has its own connection: any of them may be killed.
 #[derive(Debug)]
 pub struct Migration<'a> {
     pair: &'a Pair,
+    database: String,
     name: String,
 }
 
@@ -32,7 +34,12 @@ impl<'a> Migration<'a> {
 
     /// A handle, whether the migration exists or not.
     pub fn named(pair: &'a Pair, name: &str) -> Self {
-        Self { pair, name: name.to_owned() }
+        Self::named_in(pair, DATABASE, name)
+    }
+
+    /// A handle in another database.
+    pub fn named_in(pair: &'a Pair, database: &str, name: &str) -> Self {
+        Self { pair, database: database.to_owned(), name: name.to_owned() }
     }
 
     /// `migration_start`.
@@ -164,11 +171,11 @@ impl<'a> Migration<'a> {
     }
 
     fn connect(&self) -> Client {
-        self.pair.first.connect_soon()
+        until_some("the first server accepts connections", SOON, || self.try_connect().ok())
     }
 
     fn try_connect(&self) -> Result<Client, Error> {
-        self.pair.first.try_connect()
+        self.pair.first.try_connect_to(&self.database)
     }
 
     fn fail(&self, what: &str, error: &Error) -> ! {

@@ -6,8 +6,9 @@ use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::thread;
 use std::time::Duration;
 
-use crate::cluster::Cluster;
+use crate::cluster::{Cluster, explain};
 use crate::installation::Installation;
+use crate::template::DATABASE;
 
 /// A test that takes longer hangs: the process ends, and with it the clusters.
 const TOO_LONG: Duration = Duration::from_secs(420);
@@ -84,6 +85,17 @@ impl Pair {
         self.first.sql(&format!(
             "CREATE SCHEMA {schema}; IMPORT FOREIGN SCHEMA {schema} FROM SERVER second_server INTO {schema};"
         ));
+    }
+
+    /// Makes a database of both servers, a copy of the tests' own, whose foreign server leads to its namesake. Nothing may run in those.
+    pub fn copy_database(&self, name: &str) {
+        for cluster in [&self.first, &self.second] {
+            let create = format!("CREATE DATABASE {} TEMPLATE {DATABASE}", quoted(name));
+            // The tests' last connection may not be gone yet; PostgreSQL waits for it.
+            cluster.connect_to("postgres").batch_execute(&create).unwrap_or_else(|e| panic!("{}", explain(&e)));
+        }
+        let lead = format!("ALTER SERVER second_server OPTIONS (SET dbname '{name}')");
+        self.first.connect_to(name).batch_execute(&lead).unwrap_or_else(|e| panic!("{}", explain(&e)));
     }
 
     /// From now on, killed processes are no finding.

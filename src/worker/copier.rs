@@ -3,7 +3,7 @@
 use pgrx::pg_sys;
 use pgrx::prelude::*;
 
-use super::{assignment, connect, exit};
+use super::{assignment, connect, exit, show_name};
 use crate::context::Context;
 use crate::copy;
 use crate::error::Result;
@@ -30,6 +30,7 @@ pub extern "C-unwind" fn crossover_copy_main(_arg: pg_sys::Datum) {
 fn run(id: i32) -> Result<()> {
     let session = LocalSession::new()?;
     let Some(mut ctx) = Context::load(session, id)? else { return Ok(()) };
+    show_name(&ctx.migration.name);
     ctx.load_tables()?;
     let result = copy::work(&mut ctx);
     ctx.rollback_all();

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use pgrx::pg_sys;
 use pgrx::prelude::*;
 
-use super::{Assignment, Handle, assignment, connect, exit, my_database, reload_configuration, start_copy};
+use super::{Assignment, Handle, assignment, connect, exit, my_database, reload_configuration, show_name, start_copy};
 use crate::context::Context;
 use crate::copy;
 use crate::cycle::{self, Outcome};
@@ -102,6 +102,7 @@ fn run(assignment: Assignment) -> Result<()> {
         return Ok(());
     }
     let Some(ctx) = Context::load(session, id)? else { return Ok(()) };
+    show_name(&ctx.migration.name);
     let now = Instant::now();
     let mut worker = Worker {
         ctx,

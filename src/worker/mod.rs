@@ -3,10 +3,11 @@
 
 pub mod clerk;
 pub mod copier;
+mod gone;
 pub mod launcher;
 pub mod migration;
 
-use std::ffi::{CStr, c_char, c_int};
+use std::ffi::{CStr, CString, c_char, c_int};
 
 use pgrx::pg_sys;
 
@@ -30,6 +31,12 @@ struct Kind {
     /// Seconds after which the postmaster starts it again when it exits with an error, or the cluster restarts after a crash.
     restart: Option<i32>,
 }
+
+/// The application_name of a worker is this, then the name of its migration.
+pub const APPLICATION: &str = "pg_crossover";
+/// `backend_type` of the workers that are connected to a database.
+pub const TYPES: [&str; 4] = [SCOUT.kind, MIGRATION_TYPE, COPY.kind, CLERK.kind];
+pub const MIGRATION_TYPE: &str = MIGRATION.kind;
 
 const LAUNCHER: Kind = Kind { kind: "pg_crossover launcher", function: "crossover_launcher_main", restart: Some(5) };
 const SCOUT: Kind = Kind { kind: "pg_crossover scout", function: "crossover_scout_main", restart: None };
@@ -151,7 +158,23 @@ fn connect(assignment: Assignment) {
         install(pg_sys::SIGTERM as i32, Some(die));
         install(pg_sys::SIGHUP as i32, Some(SignalHandlerForConfigReload));
         pg_sys::BackgroundWorkerUnblockSignals();
+        gone::watch(true);
         pg_sys::BackgroundWorkerInitializeConnectionByOid(assignment.database, assignment.role, 0);
+        gone::watch(false);
+    }
+}
+
+/// Shows whose worker this is, as its application_name.
+fn show_name(migration: &str) {
+    let Ok(name) = CString::new(format!("{APPLICATION} {migration}")) else { return };
+    // SAFETY: sets a setting of this process, outside a transaction; the name is copied.
+    unsafe {
+        pg_sys::SetConfigOption(
+            c"application_name".as_ptr(),
+            name.as_ptr(),
+            pg_sys::GucContext::PGC_USERSET,
+            pg_sys::GucSource::PGC_S_SESSION,
+        );
     }
 }
 
