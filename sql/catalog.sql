@@ -60,6 +60,7 @@ CREATE TABLE crossover.activity (
     waiting_for     text,
     retries         bigint NOT NULL DEFAULT 0,
     parked          bigint NOT NULL DEFAULT 0,
+    log_limit       bigint,               -- crossover.max_log_size in bytes; NULL: unlimited
     copy_due        timestamptz           -- when the next chunk of a throttled copy may begin
 );
 COMMENT ON TABLE crossover.activity IS 'what the worker of each migration is doing';
@@ -107,7 +108,8 @@ CREATE TABLE crossover.history (
     to_state     text NOT NULL,
     pause_ms     numeric(12,1),
     rows_drained bigint,
-    forced       boolean NOT NULL DEFAULT false
+    forced       boolean NOT NULL DEFAULT false,
+    reason       text                     -- why, where nobody asked for it
 );
 COMMENT ON TABLE crossover.history IS 'every change of state';
 

@@ -12,10 +12,15 @@ SELECT m.name, m.state::migration_state AS state,
        a.log_bytes, a.last_error, a.last_error_at,
        CASE WHEN m.paused THEN 'migration_resume' ELSE a.waiting_for END AS waiting_for,
        CASE WHEN m.state IN ('finished', 'cancelled') AND m.phase = 'done' THEN NULL
-            WHEN a.worker_pid IS NULL OR NOT EXISTS (SELECT FROM pg_catalog.pg_stat_activity p WHERE p.pid = a.worker_pid)
-                THEN 'No worker is running: check max_worker_processes and the server log.'
-            WHEN a.parked > 0 THEN 'Rows are parked: see migration_conflicts.'
-            ELSE a.last_error_hint END AS hint,
+            ELSE nullif(concat_ws(' ',
+                CASE WHEN a.worker_pid IS NULL OR NOT EXISTS (SELECT FROM pg_catalog.pg_stat_activity p WHERE p.pid = a.worker_pid)
+                     THEN 'No worker is running: check max_worker_processes and the server log.' END,
+                CASE WHEN m.phase = 'capture dropped' THEN 'No change is captured; all rows will be copied again as soon as the second server can be reached.' END,
+                CASE WHEN a.parked > 0 THEN 'Rows are parked: see migration_conflicts.' END,
+                CASE WHEN a.log_bytes >= a.log_limit / 2 AND m.phase <> 'capture dropped' THEN pg_catalog.format(
+                     'WARNING: the change logs have reached %s %% of crossover.max_log_size%s', a.log_bytes * 100 / greatest(a.log_limit, 1),
+                     CASE WHEN m.state IN ('copying', 'first') THEN '; past it capture is dropped and all rows are copied again.' ELSE '; they are kept in this state.' END) END,
+                a.last_error_hint), '') END AS hint,
        (SELECT p.pid FROM pg_catalog.pg_stat_activity p WHERE p.pid = a.worker_pid) AS worker_pid,
        a.retries, m.owner::regrole::text AS owner
 FROM crossover.migration m LEFT JOIN crossover.activity a ON a.migration_id = m.id
@@ -45,7 +50,7 @@ COMMENT ON VIEW migration_conflicts IS 'rows changed on both stores at a time, w
 
 CREATE VIEW migration_history AS
 SELECT h.name, h.at, h.who, h.from_state::migration_state AS from_state, h.to_state::migration_state AS to_state,
-       h.pause_ms, h.rows_drained, h.forced
+       h.pause_ms, h.rows_drained, h.forced, h.reason
 FROM crossover.history h JOIN crossover.migration m USING (name)
 WHERE crossover.visible(m.owner)
 ORDER BY h.id;

@@ -312,22 +312,40 @@ pub fn connection_options<S: Session>(session: &mut S, server: u32, owner: u32) 
     Ok(pairs(rows).chain(pairs(mapping)).collect())
 }
 
+/// A change of state, for `migration_history`.
+pub struct Move<'a> {
+    pub name: &'a str,
+    pub who: &'a str,
+    pub from: Option<State>,
+    pub to: State,
+    pub pause_ms: Option<f64>,
+    pub drained: Option<i64>,
+    /// Why, where nobody asked for it.
+    pub reason: Option<&'a str>,
+}
+
+impl<'a> Move<'a> {
+    pub fn new(name: &'a str, who: &'a str, from: Option<State>, to: State) -> Self {
+        Move { name, who, from, to, pause_ms: None, drained: None, reason: None }
+    }
+}
+
 /// Records a change of state, in its transaction.
-pub fn record_history<S: Session>(
-    session: &mut S,
-    name: &str,
-    who: &str,
-    from: Option<State>,
-    to: State,
-    pause_ms: Option<f64>,
-    drained: Option<i64>,
-) -> Result<()> {
-    let (pause, drained) = (pause_ms.map(|p| format!("{p:.1}")), drained.map(|d| d.to_string()));
+pub fn record_history<S: Session>(session: &mut S, made: &Move) -> Result<()> {
+    let (pause, drained) = (made.pause_ms.map(|p| format!("{p:.1}")), made.drained.map(|d| d.to_string()));
     session
         .admin_execute(
-            "INSERT INTO crossover.history (name, who, from_state, to_state, pause_ms, rows_drained) \
-             VALUES ($1::text, $2::text, $3::text, $4::text, $5::text::numeric, $6::text::bigint)",
-            &[Some(name), Some(who), from.map(|s| s.as_str()), Some(to.as_str()), pause.as_deref(), drained.as_deref()],
+            "INSERT INTO crossover.history (name, who, from_state, to_state, pause_ms, rows_drained, reason) \
+             VALUES ($1::text, $2::text, $3::text, $4::text, $5::text::numeric, $6::text::bigint, $7::text)",
+            &[
+                Some(made.name),
+                Some(made.who),
+                made.from.map(State::as_str),
+                Some(made.to.as_str()),
+                pause.as_deref(),
+                drained.as_deref(),
+                made.reason,
+            ],
         )
         .map(drop)
 }

@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use crate::catalog;
+use crate::catalog::{self, Move};
 use crate::context::{Context, FirstStore};
 use crate::cycle;
 use crate::cycle::write::Writer;
@@ -18,8 +18,8 @@ use crate::store::{Derived, Isolation, Owed, Session, parse};
 
 /// Bytes collected before they are handed to the connection.
 const BUFFER: usize = 64 * 1024;
-/// How long the second server may take to analyze one table.
-const ANALYZE_PATIENCE: Duration = Duration::from_secs(600);
+/// How long the second server may take for a whole table: to analyze it, or to empty it.
+pub const PATIENCE: Duration = Duration::from_secs(600);
 /// How often a worker that waits for its turn looks whether the copy goes on.
 const LOOK_EVERY: Duration = Duration::from_millis(200);
 /// Rows fetched at a time.
@@ -91,6 +91,14 @@ fn claim_in(ctx: &mut Context) -> Result<Option<Chunk>> {
     let (size, rate) = (ctx.migration.options.chunk_size(), ctx.migration.options.copy_rate);
     let rows = size.to_string();
     let first = &mut ctx.first;
+    // A copy that is to begin anew hands nothing out: whoever ends it waits for us, or we see that it has.
+    let copying = first.session.admin_query(
+        "SELECT FROM crossover.migration WHERE id = $1::text::int AND phase = 'copying' FOR SHARE",
+        &[Some(&id)],
+    )?;
+    if copying.is_empty() {
+        return Ok(None);
+    }
     let orphan = first.session.admin_query(
         "UPDATE crossover.chunk c SET worker = pg_backend_pid() WHERE (migration_id, index, chunk) = ( \
             SELECT migration_id, index, chunk FROM crossover.chunk o WHERE migration_id = $1::text::int \
@@ -272,7 +280,7 @@ fn done(ctx: &mut Context, chunk: &Chunk, rows: u64) -> Result<()> {
 pub fn analyze(ctx: &mut Context) -> Result<()> {
     let names: Vec<String> = ctx.pairs.iter().map(|p| p.second.rel.to_string()).collect();
     let (_, second) = ctx.stores()?;
-    second.session.set_patience(ANALYZE_PATIENCE);
+    second.session.set_patience(PATIENCE);
     for i in 0..second.tables.len() {
         let sql = format!("ANALYZE {}", second.tables[i].rel);
         second.session.batch(&sql)?;
@@ -296,7 +304,7 @@ pub fn analyze(ctx: &mut Context) -> Result<()> {
 pub fn owe_violations(ctx: &mut Context) -> Result<usize> {
     ctx.refresh_constraints()?;
     let (_, second) = ctx.stores()?;
-    second.session.set_patience(ANALYZE_PATIENCE);
+    second.session.set_patience(PATIENCE);
     let mut found = 0;
     second.session.begin(Isolation::ReadCommitted, &[])?;
     let owed = second.owed()?;
@@ -332,15 +340,9 @@ pub fn enter_first(ctx: &mut Context, rows: u64) -> Result<()> {
         .store(&mut ctx.first.session)
         .and_then(|()| {
             let (name, owner) = (ctx.migration.name.clone(), ctx.migration.owner_name.as_str().to_string());
-            catalog::record_history(
-                &mut ctx.first.session,
-                &name,
-                &owner,
-                Some(from),
-                ctx.migration.state,
-                None,
-                Some(rows as i64),
-            )
+            let copied =
+                Move { drained: Some(rows as i64), ..Move::new(&name, &owner, Some(from), ctx.migration.state) };
+            catalog::record_history(&mut ctx.first.session, &copied)
         })
         .and_then(|()| ctx.first.session.commit());
     if result.is_err() {

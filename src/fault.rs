@@ -28,6 +28,9 @@ pub const POINTS: &[&str] = &[
     "switch:second-committed",
     "finish:committed",
     "cancel:committed",
+    "resync:dropped",
+    "resync:emptied",
+    "resync:begun",
 ];
 
 /// Passes the point `name`, one of [`POINTS`], unless a fault is armed there.

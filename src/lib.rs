@@ -21,6 +21,7 @@ mod lock;
 mod mapping;
 mod parked;
 mod resolve;
+mod resync;
 mod route;
 mod settings;
 mod setup;

@@ -19,6 +19,7 @@ static LOCK_ATTEMPT: GucSetting<i32> = GucSetting::<i32>::new(200);
 static MAX_PAUSE: GucSetting<i32> = GucSetting::<i32>::new(2000);
 static LOG_RETENTION: GucSetting<i32> = GucSetting::<i32>::new(60);
 static LOG_ROTATION: GucSetting<i32> = GucSetting::<i32>::new(60);
+static MAX_LOG_SIZE: GucSetting<i32> = GucSetting::<i32>::new(-1);
 static IDLE_WAIT: GucSetting<i32> = GucSetting::<i32>::new(50);
 static REMOTE_ISOLATION: GucSetting<RemoteIsolation> = GucSetting::<RemoteIsolation>::new(RemoteIsolation::Match);
 
@@ -59,6 +60,12 @@ pub fn register() {
         seconds,
     );
     GucRegistry::define_int_guc(
+        c"crossover.max_log_size",
+        c"Size of a migration's change logs past which capture is dropped, in copying and first; all rows are copied again then.",
+        c"migration_status warns from half of it on. In the other states the logs are kept whatever their size: they are what a way back or forth needs. In megabytes; -1: unlimited.",
+        &MAX_LOG_SIZE, -1, i32::MAX, GucContext::Sighup, GucFlags::UNIT_MB,
+    );
+    GucRegistry::define_int_guc(
         c"crossover.idle_wait",
         c"How long a migration's worker waits between two looks at the change logs when it found nothing.",
         c"In milliseconds.",
@@ -90,6 +97,11 @@ pub fn max_pause() -> Duration {
 
 pub fn log_retention() -> Duration {
     Duration::from_secs(LOG_RETENTION.get().max(0) as u64)
+}
+
+/// In bytes; None: unlimited.
+pub fn max_log_size() -> Option<i64> {
+    u32::try_from(MAX_LOG_SIZE.get()).ok().map(|megabytes| i64::from(megabytes) << 20)
 }
 
 /// In seconds.

@@ -4,7 +4,7 @@
 
 use std::time::Instant;
 
-use crate::catalog;
+use crate::catalog::{self, Move};
 use crate::check;
 use crate::context::Context;
 use crate::error::{Error, Problem, Result};
@@ -148,7 +148,7 @@ fn install_first_locked(ctx: &mut Context, who: &str) -> Result<()> {
         views::take_over(ctx)?;
     }
     ctx.migration.store(&mut ctx.first.session)?;
-    catalog::record_history(&mut ctx.first.session, &name, who, None, state, None, None)
+    catalog::record_history(&mut ctx.first.session, &Move::new(&name, who, None, state))
 }
 
 /// The watermarks that the copy starts from: snapshots taken after capture was there. Harmless when they are set.

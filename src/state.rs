@@ -36,6 +36,8 @@ pub const TRANSITIONS: &[(State, State, By)] = &[
     (Second, Finished, By::Finish),
     (Copying, Cancelled, By::Cancel),
     (First, Cancelled, By::Cancel),
+    // Everything is copied again; also by itself, past crossover.max_log_size.
+    (First, Copying, By::SetState),
 ];
 
 impl State {
@@ -112,6 +114,8 @@ impl FromStr for State {
 pub enum Phase {
     SettingUp,
     Copying,
+    /// `copying`, while no change is captured: the copy begins anew once the second server is there.
+    CaptureDropped,
     CatchingUp,
     Replicating,
     Switching,
@@ -124,9 +128,10 @@ pub enum Phase {
 }
 
 impl Phase {
-    pub const ALL: [Phase; 10] = [
+    pub const ALL: [Phase; 11] = [
         Phase::SettingUp,
         Phase::Copying,
+        Phase::CaptureDropped,
         Phase::CatchingUp,
         Phase::Replicating,
         Phase::Switching,
@@ -141,6 +146,7 @@ impl Phase {
         match self {
             Phase::SettingUp => "setting up",
             Phase::Copying => "copying",
+            Phase::CaptureDropped => "capture dropped",
             Phase::CatchingUp => "catching up",
             Phase::Replicating => "replicating",
             Phase::Switching => "switching",
@@ -188,7 +194,8 @@ mod tests {
     fn there_is_a_way_back_from_every_exposed_state() {
         for (from, to, by) in TRANSITIONS {
             if *by == By::SetState {
-                assert!(to.allows(*from, By::SetState), "{from} to {to} has no way back");
+                let back = to.allows(*from, By::SetState) || to.allows(*from, By::Itself);
+                assert!(back, "{from} to {to} has no way back");
             }
         }
     }

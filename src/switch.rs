@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use pgrx::pg_sys;
 
-use crate::catalog;
+use crate::catalog::{self, Move};
 use crate::context::Context;
 use crate::copy;
 use crate::cycle::apply::{Aside, Contended, Written};
@@ -17,6 +17,7 @@ use crate::cycle::{self, incoming};
 use crate::error::{Error, InTheWay, Result, Side};
 use crate::fault;
 use crate::lock::{self, Patience};
+use crate::resync;
 use crate::settings;
 use crate::state::{By, Phase, State};
 use crate::store::{Isolation, Session, Store, Watermark};
@@ -27,12 +28,25 @@ const SMALL_BACKLOG: usize = 500;
 /// Rounds of the last cycle that give way to clients of the store that stays exposed.
 const ROUNDS: usize = 20;
 
-/// Who asked, and how long it may take.
+/// Who asked, why (where nobody did), and how long it may take.
 #[derive(Debug, Clone)]
 pub struct Order {
     pub who: String,
     pub caller_pid: i32,
     pub patience: Patience,
+    pub reason: Option<&'static str>,
+}
+
+impl Order {
+    /// What the worker does by itself.
+    pub fn by_worker(ctx: &Context, patience: Duration) -> Order {
+        Order {
+            who: ctx.migration.owner_name.as_str().to_string(),
+            caller_pid: 0,
+            patience: Patience::until(Instant::now() + patience),
+            reason: None,
+        }
+    }
 }
 
 /// What a move did to its clients.
@@ -60,6 +74,9 @@ pub fn set_state(ctx: &mut Context, to: State, order: &Order) -> Result<()> {
     }
     if !from.allows(to, By::SetState) {
         return Err(Error::Transition { name: ctx.migration.name.clone(), from, to });
+    }
+    if to == State::Copying {
+        return resync::drop_capture(ctx, order);
     }
     probe(ctx, order, to)?;
     fault::point("switch:begin")?;
@@ -460,16 +477,14 @@ pub fn commit_state(ctx: &mut Context, order: &Order, to: State, phase: Phase, p
     ctx.migration.phase = phase;
     let Context { migration, first, .. } = ctx;
     migration.store(&mut first.session)?;
-    if from != to {
-        catalog::record_history(
-            &mut first.session,
-            &migration.name,
-            &order.who,
-            Some(from),
-            to,
-            pause.ms(),
-            Some(pause.drained),
-        )?;
+    if from != to || order.reason.is_some() {
+        let made = Move {
+            pause_ms: pause.ms(),
+            drained: pause.began.map(|_| pause.drained),
+            reason: order.reason,
+            ..Move::new(&migration.name, &order.who, Some(from), to)
+        };
+        catalog::record_history(&mut first.session, &made)?;
     }
     first.session.commit()
 }

@@ -129,15 +129,25 @@ pub fn remember(objects: &Objects) -> String {
     )
 }
 
-/// This migration's triggers that are not clones, as `(table, trigger)`, the tables in `$1` first; or only those of the fence.
-pub fn triggers(objects: &Objects, fence_only: bool) -> String {
+/// Which of a migration's triggers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ours {
+    All,
+    Capture,
+    Fence,
+}
+
+/// This migration's triggers that are not clones, as `(table, trigger)`, the tables in `$1` first.
+pub fn triggers(objects: &Objects, which: Ours) -> String {
     format!(
         "SELECT t.tgrelid::regclass::text, quote_ident(t.tgname) FROM pg_trigger t JOIN pg_proc p ON p.oid = t.tgfoid \
-         WHERE p.pronamespace = to_regnamespace('{}') AND (p.proname = '{}'{}) AND t.tgparentid = 0 AND NOT t.tgisinternal \
+         WHERE p.pronamespace = to_regnamespace('{}') AND (p.proname = '{}' AND {} OR p.proname ^@ '{}' AND {}) AND t.tgparentid = 0 AND NOT t.tgisinternal \
          ORDER BY array_position(ARRAY(SELECT to_regclass(n)::oid FROM unnest($1::text[]) WITH ORDINALITY AS u(n, i) ORDER BY i), t.tgrelid), t.tgrelid, t.tgname",
         objects.schema().as_str(),
         objects.fence_function().name.as_str(),
-        if fence_only { String::new() } else { format!(" OR p.proname ^@ '{}'", objects.capture_prefix()) },
+        which != Ours::Capture,
+        objects.capture_prefix(),
+        which != Ours::Fence,
     )
 }
 
@@ -249,7 +259,7 @@ ALTER TABLE {member} ENABLE ALWAYS TRIGGER crossover_capture_truncate, {fenced} 
 ",
             function = objects.capture_function(self.index),
             fence = objects.fence_function(),
-            fenced = fence_mode(fenced),
+            fenced = enable(fenced),
         )
     }
 
@@ -273,7 +283,7 @@ ALTER TABLE {member} ENABLE ALWAYS TRIGGER crossover_capture_truncate, {fenced} 
     }
 }
 
-pub fn fence_mode(on: bool) -> &'static str {
+pub fn enable(on: bool) -> &'static str {
     if on { "ENABLE ALWAYS" } else { "DISABLE" }
 }
 

@@ -5,7 +5,7 @@
 
 use super::{Isolation, Session, Store};
 use crate::error::{Error, Result};
-use crate::mapping::capture::{self, fence_mode};
+use crate::mapping::capture::{self, Ours, enable};
 use crate::mapping::text::array_literal;
 use crate::settings;
 
@@ -142,7 +142,7 @@ impl<S: Session> Store<S> {
         for row in self.session.admin_query(&capture::half_enabled(&self.objects), &[Some(&names)])? {
             let [Some(rel), Some(trigger), is_fence] = &row[..] else { continue };
             let on = fenced || is_fence.as_deref() != Some("t");
-            self.session.admin_batch(&format!("ALTER TABLE {rel} {} TRIGGER {trigger}", fence_mode(on)))?;
+            self.session.admin_batch(&format!("ALTER TABLE {rel} {} TRIGGER {trigger}", enable(on)))?;
         }
         let gone = self.session.admin_query(&capture::gone(&self.objects), &[Some(&names)])?;
         let mut whole: Vec<usize> =
@@ -182,12 +182,12 @@ impl<S: Session> Store<S> {
     /// Makes the triggers of a root anew: some are missing, or they are to be per row from now on.
     fn rebuild(&mut self, root: &Member) -> Result<()> {
         let names = self.names();
-        let ours = self.session.admin_query(&capture::triggers(&self.objects, false), &[Some(&names)])?;
+        let ours = self.session.admin_query(&capture::triggers(&self.objects, Ours::All), &[Some(&names)])?;
         let mut sql = String::new();
         for row in ours.iter().filter(|r| r[0].as_deref() == Some(&root.name)) {
             sql += &format!("DROP TRIGGER {} ON {};\n", row[1].as_deref().unwrap_or(""), root.name);
         }
-        let (table, mode) = (&self.tables[root.source], fence_mode(root.fenced));
+        let (table, mode) = (&self.tables[root.source], enable(root.fenced));
         sql += &table.create_capture(&self.objects, root.by_row);
         if root.by_row {
             sql += &table.member_triggers(&self.objects, &root.name, root.fenced);
@@ -201,7 +201,7 @@ impl<S: Session> Store<S> {
     /// The triggers that this migration has here, by table, as statements that drop them.
     pub fn drop_triggers(&mut self) -> Result<Vec<String>> {
         let names = self.names();
-        let rows = self.session.admin_query(&capture::triggers(&self.objects, false), &[Some(&names)])?;
+        let rows = self.session.admin_query(&capture::triggers(&self.objects, Ours::All), &[Some(&names)])?;
         let mut drops: Vec<(String, String)> = Vec::new();
         for row in rows {
             let [Some(rel), Some(trigger)] = &row[..] else { continue };
@@ -216,11 +216,22 @@ impl<S: Session> Store<S> {
 
     /// Turns the fence of every table on or off, under SHARE ROW EXCLUSIVE.
     pub fn set_fence(&mut self, on: bool) -> Result<()> {
+        self.enable_triggers(Ours::Fence, on)
+    }
+
+    /// Turns capture off, or on again, as if it had just been installed: for tables as they are then. In the caller's transaction, which
+    /// has locked them against writers.
+    pub fn enable_capture(&mut self, on: bool) -> Result<()> {
+        self.enable_triggers(Ours::Capture, on)?;
+        if on { self.renew(false, false) } else { Ok(()) }
+    }
+
+    fn enable_triggers(&mut self, which: Ours, on: bool) -> Result<()> {
         let names = self.names();
-        let rows = self.session.admin_query(&capture::triggers(&self.objects, true), &[Some(&names)])?;
+        let rows = self.session.admin_query(&capture::triggers(&self.objects, which), &[Some(&names)])?;
         for row in rows {
             let [Some(rel), Some(trigger)] = &row[..] else { continue };
-            self.session.admin_batch(&format!("ALTER TABLE {rel} {} TRIGGER {trigger}", fence_mode(on)))?;
+            self.session.admin_batch(&format!("ALTER TABLE {rel} {} TRIGGER {trigger}", enable(on)))?;
         }
         Ok(())
     }

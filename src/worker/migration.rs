@@ -17,6 +17,7 @@ use crate::error::{Error, Result, Side};
 use crate::lock::{Patience, wait_latch};
 use crate::parked;
 use crate::resolve;
+use crate::resync;
 use crate::settings;
 use crate::setup;
 use crate::state::{Phase, State};
@@ -30,6 +31,10 @@ const MAX_BACKOFF: Duration = Duration::from_secs(5);
 const PARKED_EVERY: Duration = Duration::from_secs(5);
 const ROTATE_EVERY: Duration = Duration::from_secs(10);
 const FIGURES_EVERY: Duration = Duration::from_millis(500);
+/// How often the size of the change logs is looked at.
+const LOG_SIZE_EVERY: Duration = Duration::from_secs(1);
+/// A replicator that was done with its backlog this short a time ago keeps up: its log is as long as it has to be.
+const KEEPS_UP: Duration = Duration::from_secs(10);
 /// The pause before a copy worker that has ended is replaced.
 const COPIER_EVERY: Duration = Duration::from_millis(500);
 /// Scopes in a catching-up cycle below which the copy counts as caught up.
@@ -82,6 +87,10 @@ struct Worker {
     parked_at: Instant,
     rotate_at: Instant,
     figures_at: Instant,
+    log_size_at: Instant,
+    /// Of `crossover.max_log_size`, in percent, as far as it has been warned of.
+    warned: i64,
+    caught_up_at: Instant,
     copied: u64,
     had_error: bool,
     /// A request is being carried out.
@@ -113,6 +122,9 @@ fn run(assignment: Assignment) -> Result<()> {
         parked_at: now,
         rotate_at: now,
         figures_at: now,
+        log_size_at: now,
+        warned: 0,
+        caught_up_at: now,
         copied: 0,
         had_error: true,
         serving: false,
@@ -175,6 +187,7 @@ impl Worker {
         if let Some(next) = self.serve()? {
             return Ok(next);
         }
+        self.watch_log_size()?;
         if let Some(at) = self.retry_at
             && Instant::now() < at
         {
@@ -206,8 +219,10 @@ impl Worker {
             self.ctx.second = None;
             return Ok(idle);
         }
-        if state == State::Copying && phase == Phase::Copying {
-            return self.copy();
+        match (state, phase) {
+            (State::Copying, Phase::Copying) => return self.copy(),
+            (State::Copying, Phase::CaptureDropped) => return self.copy_again(),
+            _ => {}
         }
         let retry_parked = self.parked_at <= Instant::now();
         if retry_parked {
@@ -215,12 +230,11 @@ impl Worker {
         }
         let outcome = cycle::run(&mut self.ctx, retry_parked)?;
         self.copied += outcome.rows;
+        if outcome.scopes < CAUGHT_UP {
+            self.caught_up_at = Instant::now();
+        }
         if phase == Phase::FencePending {
-            let order = Order {
-                who: String::new(),
-                caller_pid: 0,
-                patience: Patience::until(Instant::now() + Duration::from_secs(2)),
-            };
+            let order = Order::by_worker(&self.ctx, Duration::from_secs(2));
             switch::fence_pending(&mut self.ctx, &order)?;
         }
         if phase == Phase::CatchingUp && outcome.scopes < CAUGHT_UP && outcome.contended == 0 {
@@ -231,7 +245,9 @@ impl Worker {
             copy::enter_first(&mut self.ctx, self.copied)?;
         }
         self.figures(&outcome)?;
-        self.rotate()?;
+        if self.rotate_at <= Instant::now() {
+            self.rotate(settings::log_retention())?;
+        }
         Ok(if outcome.scopes > 0 && outcome.contended < outcome.scopes { Next::Again } else { idle })
     }
 
@@ -266,6 +282,86 @@ impl Worker {
         Ok(Next::Wait(Duration::from_millis(100)))
     }
 
+    /// Begins the copy anew, once the copy workers of the one before have ended and the second server is there.
+    fn copy_again(&mut self) -> Result<Next> {
+        self.copiers.retain(|c| !c.has_stopped());
+        if !self.copiers.is_empty() || !resync::begin(&mut self.ctx)? {
+            return Ok(Next::Wait(Duration::from_millis(100)));
+        }
+        self.copied = 0;
+        Ok(Next::Again)
+    }
+
+    /// Shows how large the change logs are, warns where they near their limit, and gives up capture past it where it can be given up.
+    fn watch_log_size(&mut self) -> Result<()> {
+        let phase = self.ctx.migration.phase;
+        if Instant::now() < self.log_size_at
+            || matches!(phase, Phase::SettingUp | Phase::CaptureDropped | Phase::Finishing | Phase::Done)
+        {
+            return Ok(());
+        }
+        self.log_size_at = Instant::now() + LOG_SIZE_EVERY;
+        let limit = settings::max_log_size();
+        let mut bytes = self.log_bytes()?;
+        if limit.is_some_and(|limit| bytes > limit) && self.ctx.second.is_some() && phase != Phase::Copying {
+            self.rotate(Duration::ZERO)?;
+            bytes = self.log_bytes()?;
+        }
+        let (id, size, shown) = (self.id(), bytes.to_string(), limit.map(|l| l.to_string()));
+        self.write(
+            "UPDATE crossover.activity SET log_bytes = $2::text::bigint, log_limit = $3::text::bigint WHERE migration_id = $1::text::int \
+             AND (log_bytes, log_limit) IS DISTINCT FROM ($2::text::bigint, $3::text::bigint)",
+            &[Some(&id), Some(&size), shown.as_deref()],
+        )?;
+        let Some(limit) = limit else { return Ok(()) };
+        let percent = bytes.saturating_mul(100) / limit.max(1);
+        let level = [80, 50].into_iter().find(|level| percent >= *level).unwrap_or(0);
+        if level > self.warned {
+            let name = &self.ctx.migration.name;
+            pgrx::warning!(
+                "the change logs of migration \"{name}\" have reached {percent} % of crossover.max_log_size"
+            );
+        }
+        self.warned = level;
+        if bytes > limit && self.may_drop_capture() {
+            let reason = Some("the change log passed crossover.max_log_size");
+            let order = Order { reason, ..Order::by_worker(&self.ctx, settings::lock_attempt()) };
+            match resync::drop_capture(&mut self.ctx, &order) {
+                // Somebody writes; it is tried again in a second.
+                Err(Error::LockTimeout { .. }) => {}
+                Err(e) => return Err(e),
+                Ok(()) => pgrx::warning!(
+                    "the change log of migration \"{}\" has passed crossover.max_log_size: capture is dropped, and all rows will be copied again",
+                    self.ctx.migration.name
+                ),
+            }
+        }
+        Ok(())
+    }
+
+    /// Where nothing but the second store depends on the log, and replication is not simply keeping up with a log that is long.
+    fn may_drop_capture(&self) -> bool {
+        match (self.ctx.migration.state, self.ctx.migration.phase) {
+            (State::Copying, Phase::Copying) => true,
+            (State::Copying, _) | (State::First, Phase::Replicating) => self.caught_up_at.elapsed() > KEEPS_UP,
+            _ => false,
+        }
+    }
+
+    /// Of both stores, where the second one's log matters and can be reached.
+    fn log_bytes(&mut self) -> Result<i64> {
+        self.ctx.first.session.begin(Isolation::ReadCommitted, &[])?;
+        let bytes = self.ctx.first.log_bytes();
+        self.ctx.first.session.rollback();
+        let mut bytes = bytes?;
+        if self.ctx.migration.state.replicates_backward()
+            && let Some(second) = &mut self.ctx.second
+        {
+            bytes += second.log_bytes()?;
+        }
+        Ok(bytes)
+    }
+
     /// Serves the oldest request, if there is one that can be served now.
     fn serve(&mut self) -> Result<Option<Next>> {
         let id = self.id();
@@ -292,6 +388,7 @@ impl Worker {
                 who: field(3),
                 caller_pid: parse(&field(4))?,
                 patience: Patience::until(Instant::now() + Duration::from_secs_f64(left)),
+                reason: None,
             };
             let arguments: serde_json::Value = serde_json::from_str(&field(2)).unwrap_or_default();
             if field(1) == "wait" {
@@ -535,18 +632,14 @@ impl Worker {
             return Ok(());
         }
         self.figures_at = Instant::now() + FIGURES_EVERY;
-        self.ctx.first.session.begin(Isolation::ReadCommitted, &[])?;
-        let bytes = self.ctx.first.log_bytes();
-        self.ctx.first.session.rollback();
-        let bytes = bytes?;
         let id = self.id();
         let (rows, parked) = (outcome.scopes.to_string(), outcome.parked.to_string());
         let since = outcome.oldest.filter(|_| outcome.scopes > 0).map(|m| m.to_string());
         self.write(
             "UPDATE crossover.activity SET backlog_rows = $2::text::bigint, backlog_since = to_timestamp($3::text::numeric / 1000000), \
-             log_bytes = $4::text::bigint, parked = $5::text::bigint WHERE migration_id = $1::text::int \
-             AND (backlog_rows, log_bytes, parked) IS DISTINCT FROM ($2::text::bigint, $4::text::bigint, $5::text::bigint)",
-            &[Some(&id), Some(&rows), since.as_deref(), Some(&bytes.to_string()), Some(&parked)],
+             parked = $4::text::bigint WHERE migration_id = $1::text::int \
+             AND (backlog_rows, parked) IS DISTINCT FROM ($2::text::bigint, $4::text::bigint)",
+            &[Some(&id), Some(&rows), since.as_deref(), Some(&parked)],
         )?;
         if self.ctx.second.is_some() && self.ctx.migration.state != State::Copying {
             ending::bring_conflicts_home(&mut self.ctx)?;
@@ -558,12 +651,8 @@ impl Worker {
     }
 
     /// Empties consumed logs on both stores, and forgets old requests.
-    fn rotate(&mut self) -> Result<()> {
-        if Instant::now() < self.rotate_at {
-            return Ok(());
-        }
+    fn rotate(&mut self, retention: Duration) -> Result<()> {
         self.rotate_at = Instant::now() + ROTATE_EVERY;
-        let retention = settings::log_retention();
         let (first, second) = self.ctx.stores()?;
         first.forget_origins()?;
         second.forget_origins()?;
