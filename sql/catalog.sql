@@ -72,6 +72,7 @@ CREATE TABLE crossover.request (
     arguments    jsonb NOT NULL DEFAULT '{}',
     who          text NOT NULL,
     caller_pid   int NOT NULL,
+    caller_call  bigint,                           -- with the pid: the lock that the caller holds while it waits; NULL: it is not waited for
     deadline     timestamptz NOT NULL,
     status       text NOT NULL DEFAULT 'queued',   -- queued, running, done, failed
     answer       jsonb,

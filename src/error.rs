@@ -120,6 +120,10 @@ pub enum Error {
     #[cfg_attr(not(feature = "fault-points"), allow(dead_code))]
     #[error("fault injected at {0}")]
     Fault(&'static str),
+    #[error("the background worker that files the request has ended without an answer")]
+    NotFiled,
+    #[error("nobody waits for the request any more")]
+    Withdrawn,
     #[error("{0}")]
     Internal(String),
 }
@@ -143,7 +147,7 @@ impl Error {
             Error::NameTaken { .. } => "42710".into(),
             Error::Mapping { .. } | Error::BadArgument { .. } => "22023".into(),
             Error::LockTimeout { .. } | Error::LockNotAvailable | Error::CaptureChanged => "55P03".into(),
-            Error::Timeout { .. } | Error::Backlog { .. } => "57014".into(),
+            Error::Timeout { .. } | Error::Backlog { .. } | Error::Withdrawn | Error::NotFiled => "57014".into(),
             Error::InRecovery => "25006".into(),
             Error::NoWorkerSlot => "53000".into(),
             Error::NotOwner { .. } => "42501".into(),
@@ -211,6 +215,7 @@ impl Error {
             Error::NotPreloaded => {
                 "Add pg_crossover to shared_preload_libraries in postgresql.conf and restart the server.".into()
             }
+            Error::NotFiled => "Nothing was done. Call again; the server log may say why it ended.".into(),
             Error::InRecovery => "Call this on the primary server.".into(),
             Error::NoWorkerSlot => "Raise max_worker_processes and restart the server.".into(),
             Error::Diverged { .. } => "No store is newly exposed until the stores have been compared and repaired.".into(),

@@ -5,6 +5,7 @@
 use pgrx::prelude::*;
 
 mod api;
+mod caller;
 mod catalog;
 mod check;
 mod conflict;

@@ -4,21 +4,31 @@ use std::time::{Duration, Instant};
 
 use pgrx::pg_sys;
 
+use crate::caller::Caller;
 use crate::error::{Error, InTheWay, Result};
 use crate::mapping::text::array_literal;
 use crate::settings;
 use crate::store::Session;
+
+/// How long a pause goes on after the caller has gone.
+const LOOK_EVERY: Duration = Duration::from_millis(100);
 
 /// Until when an operation may try, and how long it has tried.
 #[derive(Debug, Clone, Copy)]
 pub struct Patience {
     pub started: Instant,
     pub deadline: Instant,
+    /// Who waits for it; None: nobody in particular, and it goes on all the same.
+    pub caller: Option<Caller>,
 }
 
 impl Patience {
     pub fn until(deadline: Instant) -> Patience {
-        Patience { started: Instant::now(), deadline }
+        Patience { started: Instant::now(), deadline, caller: None }
+    }
+
+    pub fn of(caller: Option<Caller>, deadline: Instant) -> Patience {
+        Patience { caller, ..Patience::until(deadline) }
     }
 
     pub fn is_over(&self) -> bool {
@@ -36,10 +46,29 @@ impl Patience {
         (Instant::now() + attempt / 2 + attempt.mul_f64(0.5 * random())).min(self.deadline)
     }
 
-    /// Pauses four times as long as an attempt, or until the deadline; interruptible.
-    pub fn pause(&self) {
+    /// Pauses four times as long as an attempt, or until the deadline; interruptible. Outside a transaction.
+    ///
+    /// # Errors
+    /// `Error::Withdrawn` as [`Patience::check`].
+    pub fn pause(&self) -> Result<()> {
         let pause = settings::lock_attempt().mul_f64(3.0 + 2.0 * random());
-        wait_latch(pause.min(self.deadline.saturating_duration_since(Instant::now())));
+        let until = Instant::now() + pause.min(self.deadline.saturating_duration_since(Instant::now()));
+        while Instant::now() < until {
+            self.check()?;
+            wait_latch(until.saturating_duration_since(Instant::now()).min(LOOK_EVERY));
+        }
+        self.check()
+    }
+
+    /// Between two steps: is the caller still there?
+    ///
+    /// # Errors
+    /// `Error::Withdrawn` when it is not.
+    pub fn check(&self) -> Result<()> {
+        match self.caller {
+            Some(caller) if !caller.is_waiting()? => Err(Error::Withdrawn),
+            _ => Ok(()),
+        }
     }
 }
 

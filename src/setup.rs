@@ -113,7 +113,7 @@ fn install_first(ctx: &mut Context, patience: Patience, who: &str, caller_pid: i
                     ctx.first.session.rollback();
                     return Err(lock::timed_out(&ctx.migration.name, &patience, holders?));
                 }
-                patience.pause();
+                patience.pause()?;
             }
             Err(e) => {
                 ctx.first.session.rollback();

@@ -116,6 +116,7 @@ fn probe(ctx: &mut Context, order: &Order, to: State) -> Result<()> {
             });
         }
         lock::wait_latch(Duration::ZERO);
+        order.patience.check()?;
     }
 }
 
@@ -140,7 +141,7 @@ fn attempts(ctx: &mut Context, order: &Order, to: State) -> Result<()> {
             return Err(error);
         }
         show_waiting(ctx, error.detail().as_deref())?;
-        order.patience.pause();
+        order.patience.pause()?;
         if let Err(e) = cycle::run(ctx, false)
             && !e.is_contention()
         {
@@ -428,7 +429,7 @@ fn open_second_fenced(ctx: &mut Context, order: &Order) -> Result<()> {
             Ok(()) => break,
             Err(e) if e.is_contention() && !order.patience.is_over() => {
                 ctx.rollback_all();
-                order.patience.pause();
+                order.patience.pause()?;
                 ctx.connect()?;
             }
             Err(e) => return Err(e),
@@ -466,7 +467,7 @@ pub fn in_attempts(ctx: &mut Context, order: &Order, work: impl Fn(&mut Context)
             return Err(error);
         }
         show_waiting(ctx, error.detail().as_deref())?;
-        order.patience.pause();
+        order.patience.pause()?;
     }
 }
 

@@ -18,6 +18,7 @@ pub mod schema;
 mod template;
 pub mod tokens;
 pub mod wait;
+pub mod wire;
 pub mod witness;
 
 pub use cluster::Cluster;
@@ -26,4 +27,5 @@ pub use migration::{Migration, Status};
 pub use pair::Pair;
 pub use pgbench::Pgbench;
 pub use wait::until;
+pub use wire::Wire;
 pub use witness::Witness;

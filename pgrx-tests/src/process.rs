@@ -39,6 +39,12 @@ pub fn is_stopped(pid: i32) -> bool {
     stat(pid).is_some_and(|s| s.0 == 'T')
 }
 
+/// How often a process has gone to sleep so far: as long as this stays the same, it sleeps or works without a break.
+pub fn naps(pid: i32) -> Option<u64> {
+    let text = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    text.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:")?.trim().parse().ok())
+}
+
 /// Whether a process is there and not a zombie.
 pub fn is_alive(pid: i32) -> bool {
     stat(pid).is_some_and(|s| s.0 != 'Z')

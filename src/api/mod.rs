@@ -7,6 +7,7 @@ use pgrx::datum::Interval;
 use pgrx::pg_sys;
 use pgrx::prelude::*;
 
+use crate::caller::Caller;
 use crate::error::{Error, Problem, Result, report};
 use crate::lock::wait_latch;
 use crate::mapping::model::{Mapping, Options};
@@ -182,8 +183,8 @@ fn check_name(name: &str) -> Result<()> {
     Ok(())
 }
 
-/// Has a clerk file the request, then waits for the worker's answer; interruptible. A caller that is cancelled leaves the
-/// request to its deadline.
+/// Has a clerk file the request, then waits for the worker's answer; interruptible. The request of a caller that is cancelled is given
+/// up at the next step that changes nothing.
 fn request(
     name: &str,
     kind: &str,
@@ -208,13 +209,13 @@ fn request(
     if start.is_none() {
         check_owner(name)?;
     }
-    // SAFETY: reads the calling role and its name, and this process's pid.
-    let (who, caller_pid) = unsafe {
+    // SAFETY: reads the calling role and its name.
+    let who = unsafe {
         let name = pg_sys::GetUserNameFromId(pg_sys::GetUserId(), false);
-        (std::ffi::CStr::from_ptr(name).to_string_lossy().into_owned(), pg_sys::MyProcPid)
+        std::ffi::CStr::from_ptr(name).to_string_lossy().into_owned()
     };
-    let request =
-        Request { name: name.to_string(), kind: kind.to_string(), arguments, who, caller_pid, timeout, start };
+    let caller = Caller::here();
+    let request = Request { name: name.to_string(), kind: kind.to_string(), arguments, who, caller, timeout, start };
     let segment = Segment::create(&request)?;
     let clerk = start_clerk(my_database(), segment.handle())?;
     while !clerk.has_stopped() {
@@ -223,11 +224,15 @@ fn request(
     let reply = segment.reply();
     segment.detach();
     match reply {
-        Some(Reply::Filed(id)) => await_answer(id, name, timeout),
+        Some(Reply::Filed(id)) => {
+            let state = await_answer(id, name, timeout)?;
+            caller.leave();
+            Ok(state)
+        }
         Some(Reply::Refused { sqlstate, message, detail, hint }) => {
             Err(Error::Request { sqlstate, message, detail, hint })
         }
-        None => Err(Error::internal("the request could not be filed; see the server log")),
+        None => Err(Error::NotFiled),
     }
 }
 

@@ -168,7 +168,9 @@ impl Connection {
         unsafe { cancel::cancel(self.raw()) }
     }
 
+    /// For a connection that is given up; only once, as it may take its time.
     fn cancel_active(&self) {
+        cancel::forget(self.conn);
         // SAFETY: the connection is live.
         if unsafe { cancel::is_active(self.raw()) } {
             self.cancel();

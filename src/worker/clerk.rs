@@ -9,6 +9,7 @@ use pgrx::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use super::{assignment, connect, exit, my_database, start_migration};
+use crate::caller::Caller;
 use crate::error::{Error, Result};
 use crate::lock::wait_latch;
 use crate::store::local::{LocalSession, catch};
@@ -21,7 +22,7 @@ pub struct Request {
     pub kind: String,
     pub arguments: serde_json::Value,
     pub who: String,
-    pub caller_pid: i32,
+    pub caller: Caller,
     /// Seconds from now.
     pub timeout: f64,
     /// For `start`: the new migration.
@@ -169,12 +170,21 @@ fn file(request: &Request) -> Result<i64> {
     let filed = file_in(&mut session, request);
     match filed {
         Ok((id, owner, migration)) => {
+            if !request.caller.is_waiting()? {
+                session.rollback();
+                return Err(Error::Withdrawn);
+            }
+            let _whole = NoInterrupts::begin();
             session.commit()?;
             if request.kind == "pause" {
                 cancel_work(&mut session, migration)?;
             }
-            if request.start.is_some() {
-                start_migration(my_database(), pg_sys::Oid::from(owner), migration)?;
+            if request.start.is_some()
+                && let Err(e) = start_migration(my_database(), pg_sys::Oid::from(owner), migration)
+            {
+                let id = migration.to_string();
+                session.write("DELETE FROM crossover.migration WHERE id = $1::text::int", &[Some(&id)])?;
+                return Err(e);
             }
             Ok(id)
         }
@@ -182,6 +192,24 @@ fn file(request: &Request) -> Result<i64> {
             session.rollback();
             Err(e)
         }
+    }
+}
+
+/// While this lives, this process is not cancelled or terminated: a migration that is filed has a worker.
+struct NoInterrupts;
+
+impl NoInterrupts {
+    fn begin() -> NoInterrupts {
+        // SAFETY: a counter of this process, as HOLD_INTERRUPTS() keeps it.
+        unsafe { pg_sys::InterruptHoldoffCount += 1 };
+        NoInterrupts
+    }
+}
+
+impl Drop for NoInterrupts {
+    fn drop(&mut self) {
+        // SAFETY: as above. An error has set it to zero.
+        unsafe { pg_sys::InterruptHoldoffCount = pg_sys::InterruptHoldoffCount.saturating_sub(1) };
     }
 }
 
@@ -225,18 +253,19 @@ fn file_in(session: &mut LocalSession, request: &Request) -> Result<(i64, u32, i
     }
     let status = if answer.is_some() { "done" } else { "queued" };
     let rows = session.query(
-        "INSERT INTO crossover.request (migration_id, kind, arguments, who, caller_pid, deadline, status, answer) \
-         SELECT id, $2::text, $3::text::jsonb, $4::text, $5::text::int, clock_timestamp() + make_interval(secs => $6::text::float8), $7::text, $8::text::jsonb \
+        "INSERT INTO crossover.request (migration_id, kind, arguments, who, caller_pid, caller_call, deadline, status, answer) \
+         SELECT id, $2::text, $3::text::jsonb, $4::text, $5::text::int, $9::text::bigint, clock_timestamp() + make_interval(secs => $6::text::float8), $7::text, $8::text::jsonb \
          FROM crossover.migration WHERE name = $1::text RETURNING id, (SELECT owner::int8 FROM crossover.migration m WHERE m.id = migration_id), migration_id",
         &[
             Some(&request.name),
             Some(&request.kind),
             Some(&request.arguments.to_string()),
             Some(&request.who),
-            Some(&request.caller_pid.to_string()),
+            Some(&request.caller.pid.to_string()),
             Some(&request.timeout.to_string()),
             Some(status),
             answer.as_deref(),
+            Some(&request.caller.call.to_string()),
         ],
     )?;
     let Some(row) = rows.first() else { return Err(Error::UnknownMigration { name: request.name.clone() }) };

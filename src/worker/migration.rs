@@ -9,6 +9,7 @@ use pgrx::pg_sys;
 use pgrx::prelude::*;
 
 use super::{Assignment, Handle, assignment, connect, exit, my_database, reload_configuration, show_name, start_copy};
+use crate::caller::Caller;
 use crate::context::Context;
 use crate::copy;
 use crate::cycle::{self, Outcome};
@@ -169,11 +170,20 @@ impl Worker {
             "UPDATE crossover.activity SET worker_pid = $2::text::int WHERE migration_id = $1::text::int",
             &[Some(&id), Some(&pid)],
         )?;
-        // What a predecessor was doing when it died is done again: every request can be repeated.
-        self.write(
-            "UPDATE crossover.request SET status = 'queued' WHERE migration_id = $1::text::int AND status = 'running'",
+        // What a predecessor was doing when it died is done again: every request can be repeated. Callers that died with it had no say.
+        let running = self.ctx.first.session.read(
+            "SELECT id, caller_pid, caller_call FROM crossover.request WHERE migration_id = $1::text::int AND status = 'running'",
             &[Some(&id)],
         )?;
+        for row in running {
+            let field = |i: usize| row[i].as_deref().unwrap_or("0");
+            let caller = Caller { pid: parse(field(1))?, call: parse(field(2))? };
+            let kept = if caller.is_waiting()? { row[2].as_deref() } else { None };
+            self.write(
+                "UPDATE crossover.request SET status = 'queued', caller_call = $2::text::bigint WHERE id = $1::text::bigint",
+                &[Some(field(0)), kept],
+            )?;
+        }
         if self.ctx.migration.phase != Phase::SettingUp {
             self.ctx.load_tables()?;
         }
@@ -366,7 +376,7 @@ impl Worker {
     fn serve(&mut self) -> Result<Option<Next>> {
         let id = self.id();
         let rows = self.ctx.first.session.read(
-            "SELECT id, kind, arguments::text, who, caller_pid, extract(epoch FROM deadline - clock_timestamp()) FROM crossover.request \
+            "SELECT id, kind, arguments::text, who, caller_pid, extract(epoch FROM deadline - clock_timestamp()), caller_call FROM crossover.request \
              WHERE migration_id = $1::text::int AND status = 'queued' ORDER BY kind = 'wait', id",
             &[Some(&id)],
         )?;
@@ -384,15 +394,22 @@ impl Worker {
                 )?;
                 continue;
             }
+            let caller_pid = parse(&field(4))?;
+            let call = row[6].as_deref().map(parse).transpose()?;
+            let caller = call.map(|call| Caller { pid: caller_pid, call });
             let order = Order {
                 who: field(3),
-                caller_pid: parse(&field(4))?,
-                patience: Patience::until(Instant::now() + Duration::from_secs_f64(left)),
+                caller_pid,
+                patience: Patience::of(caller, Instant::now() + Duration::from_secs_f64(left)),
                 reason: None,
             };
+            // What is done in a moment is done in any case: the clerk has begun it.
+            let wanted = if matches!(field(1).as_str(), "pause" | "resume") { Ok(()) } else { order.patience.check() };
             let arguments: serde_json::Value = serde_json::from_str(&field(2)).unwrap_or_default();
             if field(1) == "wait" {
-                if let Some(result) = self.caught_up()? {
+                if wanted.is_err() {
+                    self.answer(&field(0), &wanted)?;
+                } else if let Some(result) = self.caught_up()? {
                     self.answer(&field(0), &result)?;
                 }
                 continue;
@@ -402,7 +419,7 @@ impl Worker {
                 &[Some(&field(0))],
             )?;
             self.serving = true;
-            let result = self.carry_out(&field(1), &arguments, &order);
+            let result = wanted.and_then(|()| self.carry_out(&field(1), &arguments, &order));
             self.serving = false;
             self.ctx.rollback_all();
             switch::show_waiting(&mut self.ctx, None)?;
@@ -413,7 +430,7 @@ impl Worker {
             if started && result.is_err() {
                 // The answer first: the request goes with the migration.
                 self.answer(&field(0), &result)?;
-                self.await_reader(&field(0));
+                await_reader(caller);
                 self.undo_start(false)?;
                 return Ok(Some(Next::Stop));
             }
@@ -491,7 +508,7 @@ impl Worker {
             match ending::clean_up(&mut self.ctx) {
                 Err(e) if !order.patience.is_over() && (e.is_contention() || is_transient(&e)) => {
                     self.ctx.rollback_all();
-                    order.patience.pause();
+                    order.patience.pause()?;
                 }
                 result => return result,
             }
@@ -538,22 +555,6 @@ impl Worker {
             &[Some(request), Some(status), Some(&answer.to_string())],
         )?;
         Ok(())
-    }
-
-    /// Gives the caller a moment to read its answer before the row goes.
-    fn await_reader(&mut self, request: &str) {
-        let until = Instant::now() + Duration::from_secs(5);
-        while Instant::now() < until {
-            let taken = self.ctx.first.session.read(
-                "SELECT NOT EXISTS (SELECT FROM crossover.request r JOIN pg_stat_activity a ON a.pid = r.caller_pid WHERE r.id = $1::text::bigint \
-                    AND a.wait_event = 'Extension' AND a.query_start <= r.created_at)",
-                &[Some(request)],
-            );
-            if taken.is_ok_and(|r| r[0][0].as_deref() == Some("t")) {
-                return;
-            }
-            wait_latch(Duration::from_millis(20));
-        }
     }
 
     /// Removes what a failed start has installed, and the migration.
@@ -671,6 +672,14 @@ impl Worker {
             &[Some(&id)],
         )?;
         Ok(())
+    }
+}
+
+/// Gives the caller a moment to read its answer before the row goes.
+fn await_reader(caller: Option<Caller>) {
+    let until = Instant::now() + Duration::from_secs(5);
+    while Instant::now() < until && caller.is_some_and(|c| c.is_waiting().unwrap_or(false)) {
+        wait_latch(Duration::from_millis(20));
     }
 }
 

@@ -11,14 +11,16 @@ use std::cell::{Cell, RefCell};
 use std::ffi::{c_char, c_int};
 use std::ptr::{self, NonNull};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::mpsc;
-use std::time::Duration;
+use std::sync::mpsc::{self, Receiver};
+use std::time::{Duration, Instant};
 
 use pgrx::pg_sys;
 use pq_sys::{PGTransactionStatusType, PGcancel, PGconn};
 
 /// How long a cancel request may keep its caller.
 const CANCEL_PATIENCE: Duration = Duration::from_millis(500);
+/// And how long all those together that are sent as the process exits.
+const EXIT_PATIENCE: Duration = Duration::from_millis(300);
 /// Cancel requests of this process that a silent server may keep hanging; past it none is sent.
 const MAX_PENDING_CANCELS: usize = 8;
 
@@ -59,13 +61,14 @@ pub(super) unsafe fn is_active(conn: *mut PGconn) -> bool {
 
 #[pgrx::pg_guard]
 unsafe extern "C-unwind" fn at_exit(_code: c_int, _arg: pg_sys::Datum) {
-    for conn in OPEN.take() {
-        // SAFETY: a connection is forgotten before it is closed.
-        unsafe {
-            if is_active(conn.as_ptr()) {
-                cancel(conn.as_ptr());
-            }
-        }
+    let until = Instant::now() + EXIT_PATIENCE;
+    // SAFETY: a connection is forgotten before it is closed.
+    let active = |conn: &NonNull<PGconn>| unsafe { is_active(conn.as_ptr()) };
+    // SAFETY: as above.
+    let sent: Vec<_> =
+        OPEN.take().into_iter().filter(active).filter_map(|conn| unsafe { begin(conn.as_ptr()) }).collect();
+    for answer in sent {
+        let _ = answer.recv_timeout(until.saturating_duration_since(Instant::now()));
     }
 }
 
@@ -74,8 +77,17 @@ unsafe extern "C-unwind" fn at_exit(_code: c_int, _arg: pg_sys::Datum) {
 /// # Safety
 /// `conn` is a live connection.
 pub(super) unsafe fn cancel(conn: *mut PGconn) -> bool {
+    // SAFETY: as the caller vouches.
+    unsafe { begin(conn) }.is_some_and(|answer| answer.recv_timeout(CANCEL_PATIENCE).unwrap_or(false))
+}
+
+/// Sends a cancel request for what runs on `conn`, and does not wait.
+///
+/// # Safety
+/// `conn` is a live connection.
+unsafe fn begin(conn: *mut PGconn) -> Option<Receiver<bool>> {
     // SAFETY: as the caller vouches; the handle is ours.
-    NonNull::new(unsafe { pq_sys::PQgetCancel(conn) }).is_some_and(|handle| CancelHandle(handle).send())
+    NonNull::new(unsafe { pq_sys::PQgetCancel(conn) }).and_then(|handle| CancelHandle(handle).send())
 }
 
 /// What libpq needs to cancel a statement, apart from the connection itself.
@@ -86,12 +98,12 @@ struct CancelHandle(NonNull<PGcancel>);
 unsafe impl Send for CancelHandle {}
 
 impl CancelHandle {
-    /// Sends the request from a thread, and waits for its end a little.
-    fn send(self) -> bool {
+    /// Sends the request from a thread, which says in the end whether it was delivered.
+    fn send(self) -> Option<Receiver<bool>> {
         static PENDING: AtomicUsize = AtomicUsize::new(0);
         if PENDING.fetch_add(1, Ordering::Relaxed) >= MAX_PENDING_CANCELS {
             PENDING.fetch_sub(1, Ordering::Relaxed);
-            return false;
+            return None;
         }
         let (done, answer) = mpsc::sync_channel(1);
         let request = move || {
@@ -104,7 +116,7 @@ impl CancelHandle {
         if thread.is_err() {
             PENDING.fetch_sub(1, Ordering::Relaxed);
         }
-        thread.is_ok() && answer.recv_timeout(CANCEL_PATIENCE).unwrap_or(false)
+        thread.is_ok().then_some(answer)
     }
 
     fn deliver(&self) -> bool {

@@ -1,0 +1,360 @@
+//! Everything that waits can be interrupted: shutdown, pg_terminate_backend and a caller's cancel end it within a second, also while the
+//! second server is there and does not answer, or packets vanish. What was interrupted goes on by itself, or was never asked for.
+
+use std::thread;
+use std::time::{Duration, Instant};
+
+use pgrx_tests::cluster::explain;
+use pgrx_tests::journal::{self, Journal};
+use pgrx_tests::migration::{is_disconnect, set_state};
+use pgrx_tests::schema::traces;
+use pgrx_tests::wait::{SOON, for_a, until, until_some};
+use pgrx_tests::{Migration, Pair, Wire, market, process};
+use postgres::Client;
+use serde_json::{Value, json};
+
+const A_SECOND: Duration = Duration::from_secs(1);
+
+/// What is wrong with the way to the second server.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Network {
+    Well,
+    /// SIGSTOP: it accepts connections, and is silent.
+    Silent,
+    /// Nothing arrives, connections neither accepted nor refused.
+    Cut,
+}
+
+/// Longer than any worker sleeps that does not wait for the second server.
+const STANDSTILL: Duration = Duration::from_millis(400);
+
+/// Entries to copy.
+const OLD: i64 = 12_000;
+
+const NETWORKS: [Network; 3] = [Network::Well, Network::Silent, Network::Cut];
+
+struct Scene {
+    pair: Pair,
+    wire: Wire,
+}
+
+impl Scene {
+    fn new() -> Self {
+        let pair = Pair::new();
+        market::create(&pair, 10);
+        journal::create(&pair, OLD as u32);
+        let wire = Wire::between(&pair);
+        Self { pair, wire }
+    }
+
+    fn start(&self) -> Migration<'_> {
+        let mut mapping = market::mapping();
+        mapping["tables"].as_array_mut().expect("tables").push(journal::mapping());
+        // Slow enough to be met on the way by every disturbance.
+        let options = json!({"chunk_rows": 100, "copy_workers": 2, "copy_rate": 2000});
+        Migration::start_with(&self.pair, "market", &mapping, &options)
+    }
+
+    /// Rows copied so far.
+    fn copied(&self) -> i64 {
+        let query = "SELECT sum(rows_copied)::text FROM migration_progress";
+        self.pair.first.text(query).and_then(|text| text.parse().ok()).unwrap_or(0)
+    }
+
+    fn until_copied_more(&self) {
+        let before = self.copied();
+        until("the copy goes on", SOON, || self.copied() > before);
+    }
+
+    /// Breaks the network, and waits until a process of ours hangs on it.
+    fn disturb(&self, network: Network) {
+        match network {
+            Network::Well => return,
+            Network::Silent => self.pair.second.pause(),
+            Network::Cut => self.wire.cut(),
+        }
+        let kind = if self.copied() < OLD { "copy" } else { "migration" };
+        until("a worker hangs on the network", SOON, || {
+            let naps = |pids: &[i32]| pids.iter().map(|pid| process::naps(*pid)).collect::<Vec<_>>();
+            let pids = self.pids(kind);
+            let before = naps(&pids);
+            for_a(STANDSTILL);
+            !pids.is_empty() && naps(&pids) == before && before.iter().all(Option::is_some)
+        });
+    }
+
+    fn mend(&self) {
+        self.pair.second.resume();
+        self.wire.mend();
+    }
+
+    /// Fast shutdown, as `pg_ctl stop -m fast` asks for it, and a start.
+    fn restart(&self, when: &str) {
+        // What a shutdown writes is not what it waits for.
+        self.pair.first.sql("CHECKPOINT");
+        let postmaster = self.pair.first.postmaster().expect("a server");
+        let began = Instant::now();
+        assert!(process::signal(postmaster, libc::SIGINT));
+        until("the server is down", SOON, || !process::is_alive(postmaster));
+        let took = began.elapsed();
+        println!("{when}: down after {took:?}");
+        assert!(took < A_SECOND, "{when}: the shutdown took {took:?}");
+        self.mend();
+        self.pair.first.start();
+    }
+
+    fn pids(&self, kind: &str) -> Vec<i32> {
+        let query = format!("SELECT pid FROM pg_stat_activity WHERE backend_type = 'pg_crossover {kind}'");
+        self.pair.first.list(&query).iter().filter_map(|pid| pid.parse().ok()).collect()
+    }
+
+    /// `pg_terminate_backend` of all workers of a kind, who are gone within a second; they, or others, come back.
+    fn terminate(&self, kind: &str, when: &str) {
+        let pids = until_some(&format!("a worker of kind {kind} runs"), SOON, || {
+            Some(self.pids(kind)).filter(|p| !p.is_empty())
+        });
+        let mut client = self.pair.first.connect();
+        let began = Instant::now();
+        for pid in &pids {
+            client.execute("SELECT pg_terminate_backend($1)", &[pid]).expect("a signal");
+        }
+        until("they are gone", SOON, || pids.iter().all(|pid| !process::is_alive(*pid)));
+        let took = began.elapsed();
+        println!("{when}: {kind} gone after {took:?}");
+        assert!(took < A_SECOND, "{when}: {kind} took {took:?} to end");
+    }
+}
+
+/// An `UPDATE` in the way of a switch.
+fn in_the_way(pair: &Pair) -> Client {
+    let mut writer = pair.first.connect();
+    writer.batch_execute("BEGIN; UPDATE customer SET cents = cents + 1 WHERE id = 1").expect("an update");
+    writer
+}
+
+fn check(scene: &Scene, migration: &Migration, journal: Journal, suffix: &str) {
+    let acked = journal.stop();
+    migration.settle();
+    market::assert_equal(&scene.pair, suffix);
+    journal::check(&scene.pair, &format!("journal{suffix}"), &acked);
+}
+
+#[test]
+fn fast_shutdown() {
+    let scene = Scene::new();
+    let migration = scene.start();
+    let journal = Journal::start(&scene.pair, 1, "new");
+    for network in NETWORKS {
+        scene.until_copied_more();
+        scene.disturb(network);
+        assert_eq!(migration.state(), "copying");
+        scene.restart(&format!("copying, {network:?}"));
+    }
+    migration.until_state("first");
+    for network in NETWORKS {
+        journal.until_acked(10);
+        scene.disturb(network);
+        scene.restart(&format!("replicating, {network:?}"));
+        migration.wait();
+    }
+    // While a switch waits: for a lock, for a silent server.
+    for network in NETWORKS {
+        let writer = in_the_way(&scene.pair);
+        let mut operator = scene.pair.first.connect();
+        let from = migration.state();
+        let to = if from == "both" { "second" } else { "both" };
+        thread::scope(|threads| {
+            let waiting = threads.spawn(|| set_state(&mut operator, "market", to, Duration::from_secs(60)));
+            migration.until_status("is switching", |status| status.phase() == "switching");
+            scene.disturb(network);
+            scene.restart(&format!("switching to {to}, {network:?}"));
+            waiting.join().expect("the operator").expect_err("its server was shut down");
+        });
+        drop(writer);
+        // It was begun, and nobody has said that it should not be: it is made.
+        migration.until_state(to);
+        journal.until_acked(10);
+        migration.set_state("both");
+    }
+    check(&scene, &migration, journal, "__first");
+    migration.walk(&["first"]);
+    migration.cancel();
+    assert_eq!(traces(&scene.pair.first), [""; 0]);
+}
+
+#[test]
+fn workers_that_are_terminated() {
+    let scene = Scene::new();
+    let migration = scene.start();
+    let journal = Journal::start(&scene.pair, 1, "new");
+    for network in NETWORKS {
+        scene.disturb(network);
+        scene.terminate("copy", &format!("copying, {network:?}"));
+        scene.terminate("migration", &format!("copying, {network:?}"));
+        scene.mend();
+        scene.until_copied_more();
+    }
+    migration.until_state("first");
+    for network in NETWORKS {
+        scene.disturb(network);
+        scene.terminate("migration", &format!("replicating, {network:?}"));
+        scene.mend();
+        journal.until_acked(10);
+        migration.wait();
+    }
+    // In a switch: the successor goes on with it, as its caller still waits.
+    migration.set_state("both");
+    for network in NETWORKS {
+        let mut writer = in_the_way(&scene.pair);
+        let mut operator = scene.pair.first.connect();
+        thread::scope(|threads| {
+            let waiting = threads.spawn(|| set_state(&mut operator, "market", "second", Duration::from_secs(60)));
+            migration.until_status("is switching", |status| status.phase() == "switching");
+            scene.disturb(network);
+            scene.terminate("migration", &format!("switching, {network:?}"));
+            scene.mend();
+            writer.batch_execute("COMMIT").expect("a commit");
+            let state =
+                waiting.join().expect("the operator").unwrap_or_else(|e| panic!("{network:?}: {}", explain(&e)));
+            assert_eq!(state, "second");
+        });
+        migration.set_state("both");
+    }
+    migration.set_state("first");
+    // The launcher, and a scout that it has sent out; both are stopped by a lock here.
+    let mut lock = scene.pair.first.connect();
+    lock.batch_execute("BEGIN; LOCK TABLE crossover.migration IN ACCESS EXCLUSIVE MODE").expect("a lock");
+    scene.terminate("launcher", "idle");
+    scene.terminate("scout", "waiting for a lock");
+    // A clerk, and its caller.
+    let waiting = thread::spawn({
+        let mut operator = scene.pair.first.connect();
+        move || {
+            operator.batch_execute("SELECT migration_start('other', '{\"tables\": [{\"first\": \"public.customer\", \"second\": \"market.client\"}]}')")
+        }
+    });
+    scene.terminate("clerk", "waiting for a lock");
+    let error = waiting.join().expect("the operator").expect_err("its clerk is gone");
+    println!("{}", explain(&error));
+    assert_eq!(error.code().map(|c| c.code()), Some("57014"), "{}", explain(&error));
+    lock.batch_execute("ROLLBACK").expect("a rollback");
+    assert!(migration.try_status().is_some());
+    until("the launcher is back", SOON, || !scene.pids("launcher").is_empty());
+    check(&scene, &migration, journal, "__first");
+    migration.cancel();
+    assert_eq!(traces(&scene.pair.first), [""; 0]);
+}
+
+/// How a caller goes away.
+#[derive(Debug, Clone, Copy)]
+enum Gone {
+    Cancelled,
+    TimedOut,
+    Terminated,
+}
+
+/// The statement_timeout: time enough to begin to wait.
+const TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Has `call` waiting, makes it go away, and sees that it does within a second, that nothing of it is left, and that nobody goes on with it.
+fn interrupted(pair: &Pair, call: &str, waits: &dyn Fn() -> bool) {
+    for gone in [Gone::Cancelled, Gone::TimedOut, Gone::Terminated] {
+        let what = format!("{call}, {gone:?}");
+        let mut operator = pair.first.connect();
+        let pid: i32 = operator.query_one("SELECT pg_backend_pid()", &[]).expect("a pid").get(0);
+        let limit = if matches!(gone, Gone::TimedOut) { TIMEOUT } else { Duration::from_secs(100) };
+        operator.batch_execute(&format!("SET statement_timeout = {}", limit.as_millis())).expect("a setting");
+        let began = Instant::now();
+        let statement = format!("SELECT {call}");
+        let waiting = thread::spawn(move || {
+            let result = operator.batch_execute(&statement);
+            (result, Instant::now())
+        });
+        until(&format!("{what}: it waits"), SOON, waits);
+        let asked = match gone {
+            Gone::TimedOut => began + TIMEOUT,
+            Gone::Cancelled | Gone::Terminated => {
+                let function = if matches!(gone, Gone::Cancelled) { "cancel" } else { "terminate" };
+                pair.first.sql(&format!("SELECT pg_{function}_backend({pid})"));
+                Instant::now()
+            }
+        };
+        let (result, ended) = waiting.join().expect("the operator");
+        let error = result.expect_err("it was interrupted");
+        match gone {
+            Gone::Terminated => assert!(is_disconnect(&error), "{what}: {}", explain(&error)),
+            _ => assert_eq!(error.code().map(|c| c.code()), Some("57014"), "{what}: {}", explain(&error)),
+        }
+        let took = ended.saturating_duration_since(asked);
+        println!("{what}: {took:?}");
+        assert!(took < A_SECOND, "{what}: it ended {took:?} after it was told to");
+        // Given up, although what it waited for is in the way still.
+        let open = "SELECT count(*) FROM crossover.request WHERE status IN ('queued', 'running')";
+        until(&format!("{what}: the request is given up"), SOON, || pair.first.text(open).as_deref() == Some("0"));
+        let locks = "SELECT count(*) FROM pg_locks l JOIN pg_stat_activity a USING (pid)
+                     WHERE l.relation = ANY (ARRAY(SELECT oid FROM pg_class WHERE relname ~ '^(customer|purchase|client|sale)')) AND a.backend_type LIKE 'pg_crossover%'";
+        until(&format!("{what}: no lock is held"), SOON, || pair.first.text(locks).as_deref() == Some("0"));
+        let marks = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND objsubid = 28772";
+        assert_eq!(pair.first.text(marks).as_deref(), Some("0"), "{what}");
+    }
+}
+
+#[test]
+fn callers_that_are_interrupted() {
+    let pair = Pair::new();
+    market::create(&pair, 10);
+    let before = (pair.first.pg_dump_schema("app"), pair.second.pg_dump_schema("app"));
+    let status = "SELECT concat_ws(' ', state, phase) FROM migration_status";
+
+    // A start that waits for a writer.
+    let writer = in_the_way(&pair);
+    let mapping: Value = market::mapping();
+    let start = format!("migration_start('market', '{mapping}', timeout => '60 s')");
+    let waiting = "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'pg_crossover migration' AND wait_event_type = 'Lock'";
+    interrupted(&pair, &start, &|| pair.first.text(waiting).as_deref() == Some("1"));
+    until("nothing is left of it", SOON, || pair.first.text(status).is_none());
+    assert_eq!(before.0, pair.first.pg_dump_schema("app"));
+    assert_eq!(before.1, pair.second.pg_dump_schema("app"));
+    drop(writer);
+
+    // One that waits for a silent server.
+    let migration = market::started(&pair);
+    let running = "SELECT count(*) FROM crossover.request WHERE status IN ('queued', 'running')";
+    let is_running = || pair.first.text(running).as_deref() == Some("1");
+    pair.second.pause();
+    interrupted(&pair, "migration_wait('market')", &is_running);
+    pair.second.resume();
+    migration.wait();
+
+    // A switch, a cancel and a finish that wait for a client.
+    let writer = in_the_way(&pair);
+    let switching = || pair.first.text(status).is_some_and(|s| s.ends_with("switching"));
+    interrupted(&pair, "migration_set_state('market', 'both', '60 s')", &switching);
+    assert_eq!(pair.first.text(status).as_deref(), Some("first replicating"));
+    interrupted(&pair, "migration_cancel('market', '60 s')", &is_running);
+    assert_eq!(pair.first.text(status).as_deref(), Some("first replicating"));
+    drop(writer);
+    migration.walk(&["both"]);
+    let writer = in_the_way(&pair);
+    interrupted(&pair, "migration_set_state('market', 'second', '60 s')", &switching);
+    assert_eq!(pair.first.text(status).as_deref(), Some("both replicating"));
+    drop(writer);
+    migration.walk(&["second"]);
+    let mut reader = pair.first.connect();
+    reader.batch_execute("BEGIN; SELECT count(*) FROM customer").expect("a reader");
+    interrupted(&pair, "migration_set_state('market', 'both', '60 s')", &switching);
+    assert_eq!(pair.first.text(status).as_deref(), Some("second replicating"));
+    interrupted(&pair, "migration_finish('market', '60 s')", &is_running);
+    assert_eq!(pair.first.text(status).as_deref(), Some("second replicating"));
+    drop(reader);
+    // The way is open: nobody has gone on with any of it, and each can be asked for again.
+    pair.first.sql("UPDATE customer SET cents = cents + 7 WHERE id = 2");
+    migration.settle();
+    market::assert_equal(&pair, "__first");
+    assert_eq!(migration.state(), "second");
+    migration.walk(&["both", "first"]);
+    migration.cancel();
+    pair.second.sql("TRUNCATE market.client, market.sale");
+    assert_eq!(before.0, pair.first.pg_dump_schema("app"));
+    assert_eq!(before.1, pair.second.pg_dump_schema("app"));
+}
