@@ -2,6 +2,9 @@
 CREATE FUNCTION crossover.visible(owner oid) RETURNS boolean LANGUAGE sql STABLE SECURITY INVOKER
 RETURN pg_catalog.pg_has_role(owner, 'USAGE');
 
+CREATE FUNCTION crossover.why_no_worker() RETURNS text LANGUAGE c VOLATILE AS 'MODULE_PATHNAME', 'crossover_why_no_worker_wrapper';
+COMMENT ON FUNCTION crossover.why_no_worker() IS 'why no worker of this database can run, NULL where there is no reason to be seen';
+
 CREATE VIEW migration_status AS
 SELECT m.name, m.state::migration_state AS state,
        CASE WHEN m.phase IN ('replicating', 'fence pending') AND EXISTS (
@@ -13,15 +16,15 @@ SELECT m.name, m.state::migration_state AS state,
        CASE WHEN m.paused THEN 'migration_resume' ELSE a.waiting_for END AS waiting_for,
        CASE WHEN m.state IN ('finished', 'cancelled') AND m.phase = 'done' THEN NULL
             ELSE nullif(concat_ws(' ',
-                CASE WHEN a.worker_pid IS NULL OR NOT EXISTS (SELECT FROM pg_catalog.pg_stat_activity p WHERE p.pid = a.worker_pid)
-                     THEN 'No worker is running: check max_worker_processes and the server log.' END,
+                CASE WHEN a.worker_pid IS NULL OR NOT EXISTS (SELECT FROM pg_catalog.pg_stat_activity p WHERE p.pid = a.worker_pid AND p.backend_type = 'pg_crossover migration')
+                     THEN pg_catalog.concat('No worker is running: ', coalesce(crossover.why_no_worker(), 'it is started again within seconds, or the server log says why not.')) END,
                 CASE WHEN m.phase = 'capture dropped' THEN 'No change is captured; all rows will be copied again as soon as the second server can be reached.' END,
                 CASE WHEN a.parked > 0 THEN 'Rows are parked: see migration_conflicts.' END,
                 CASE WHEN a.log_bytes >= a.log_limit / 2 AND m.phase <> 'capture dropped' THEN pg_catalog.format(
                      'WARNING: the change logs have reached %s %% of crossover.max_log_size%s', a.log_bytes * 100 / greatest(a.log_limit, 1),
                      CASE WHEN m.state IN ('copying', 'first') THEN '; past it capture is dropped and all rows are copied again.' ELSE '; they are kept in this state.' END) END,
                 a.last_error_hint), '') END AS hint,
-       (SELECT p.pid FROM pg_catalog.pg_stat_activity p WHERE p.pid = a.worker_pid) AS worker_pid,
+       (SELECT p.pid FROM pg_catalog.pg_stat_activity p WHERE p.pid = a.worker_pid AND p.backend_type = 'pg_crossover migration') AS worker_pid,
        a.retries, m.owner::regrole::text AS owner
 FROM crossover.migration m LEFT JOIN crossover.activity a ON a.migration_id = m.id
 WHERE crossover.visible(m.owner)
@@ -57,5 +60,5 @@ ORDER BY h.id;
 COMMENT ON VIEW migration_history IS 'every change of state: who, when, how long writers were held, rows drained in the pause';
 
 GRANT USAGE ON SCHEMA crossover TO PUBLIC;
-GRANT EXECUTE ON FUNCTION crossover.visible(oid) TO PUBLIC;
+GRANT EXECUTE ON FUNCTION crossover.visible(oid), crossover.why_no_worker() TO PUBLIC;
 GRANT SELECT ON migration_status, migration_progress, migration_conflicts, migration_history TO PUBLIC;

@@ -10,6 +10,7 @@ use std::ffi::{CStr, c_char};
 use pgrx::pg_sys;
 use pgrx::prelude::*;
 
+use crate::processes::{Process, background_workers};
 use crate::worker::{APPLICATION, MIGRATION_TYPE, TYPES};
 
 static mut PREVIOUS: pg_sys::ProcessUtility_hook_type = None;
@@ -149,46 +150,16 @@ fn is_owner(database: pg_sys::Oid) -> bool {
     }
 }
 
-/// A worker of this extension: what kind, whose.
-#[derive(Debug, Clone)]
-struct Worker {
-    pid: i32,
-    kind: String,
-    application: String,
+fn workers_in(database: pg_sys::Oid) -> Vec<Process> {
+    // SAFETY: forgets a copy that this transaction may have made before.
+    unsafe { pg_sys::pgstat_clear_backend_activity_snapshot() };
+    let mut workers = background_workers();
+    workers.retain(|w| w.database == database && TYPES.contains(&w.kind.as_str()));
+    workers
 }
 
-fn workers_in(database: pg_sys::Oid) -> Vec<Worker> {
-    let mut found = Vec::new();
-    // SAFETY: a copy of the server's process table, made by this process and valid until it is cleared; entries count from 1.
-    unsafe {
-        pg_sys::pgstat_clear_backend_activity_snapshot();
-        for i in 1..=pg_sys::pgstat_fetch_stat_numbackends() {
-            #[cfg(feature = "pg15")]
-            let entry = pg_sys::pgstat_fetch_stat_local_beentry(i);
-            #[cfg(not(feature = "pg15"))]
-            let entry = pg_sys::pgstat_get_local_beentry_by_index(i);
-            if entry.is_null() || (*entry).backendStatus.st_databaseid != database {
-                continue;
-            }
-            let pid = (*entry).backendStatus.st_procpid;
-            // Null for what is no background worker.
-            let kind = pg_sys::GetBackgroundWorkerTypeByPid(pid);
-            if kind.is_null() {
-                continue;
-            }
-            let text = |s: *const c_char| if s.is_null() { "".into() } else { CStr::from_ptr(s).to_string_lossy() };
-            let kind = text(kind).into_owned();
-            if TYPES.contains(&kind.as_str()) {
-                let application = text((*entry).backendStatus.st_appname).into_owned();
-                found.push(Worker { pid, kind, application });
-            }
-        }
-    }
-    found
-}
-
-/// `migration "shop": workers 123, 124`, a line for each.
-fn describe(workers: &[Worker]) -> String {
+/// `migration "shop": pid 123, pid 124`, a line for each.
+fn describe(workers: &[Process]) -> String {
     let mut lines: BTreeMap<String, Vec<String>> = BTreeMap::new();
     for worker in workers {
         let of = match worker.application.strip_prefix(APPLICATION).map(str::trim) {
@@ -203,12 +174,15 @@ fn describe(workers: &[Worker]) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::{Worker, describe};
+    use pgrx::pg_sys;
+
+    use super::{Process, describe};
 
     #[test]
     fn workers_are_named_by_their_migration() {
-        let worker = |pid, kind: &str, application: &str| Worker {
+        let worker = |pid, kind: &str, application: &str| Process {
             pid,
+            database: pg_sys::InvalidOid,
             kind: format!("pg_crossover {kind}"),
             application: application.into(),
         };

@@ -109,8 +109,17 @@ pub enum Error {
     StillParked { conflict: i64, detail: String },
     #[error("migrations cannot be controlled on a standby")]
     InRecovery,
-    #[error("could not start a background worker")]
-    NoWorkerSlot,
+    #[error("no background worker can be started: all {limit} of max_worker_processes are in use")]
+    NoWorkerSlot { limit: i32 },
+    #[error("extension pg_crossover is not installed in this database")]
+    NotInstalled,
+    #[error(
+        "the library of pg_crossover is version {}, but the extension in this database is version {objects}",
+        env!("CARGO_PKG_VERSION")
+    )]
+    Version { objects: String, is_older: bool },
+    #[error("cannot execute {function}() in a read-only transaction")]
+    ReadOnly { function: String },
     #[error("must be owner of migration \"{name}\"")]
     NotOwner { name: String },
     /// A request that another backend carried out failed there.
@@ -148,8 +157,9 @@ impl Error {
             Error::Mapping { .. } | Error::BadArgument { .. } => "22023".into(),
             Error::LockTimeout { .. } | Error::LockNotAvailable | Error::CaptureChanged => "55P03".into(),
             Error::Timeout { .. } | Error::Backlog { .. } | Error::Withdrawn | Error::NotFiled => "57014".into(),
-            Error::InRecovery => "25006".into(),
-            Error::NoWorkerSlot => "53000".into(),
+            Error::InRecovery | Error::ReadOnly { .. } => "25006".into(),
+            Error::NoWorkerSlot { .. } => "53000".into(),
+            Error::NotInstalled | Error::Version { .. } => "55000".into(),
             Error::NotOwner { .. } => "42501".into(),
             Error::Fault(_) => "58000".into(),
             Error::Internal(_) => "XX000".into(),
@@ -217,7 +227,17 @@ impl Error {
             }
             Error::NotFiled => "Nothing was done. Call again; the server log may say why it ended.".into(),
             Error::InRecovery => "Call this on the primary server.".into(),
-            Error::NoWorkerSlot => "Raise max_worker_processes and restart the server.".into(),
+            Error::NoWorkerSlot { .. } => {
+                "Raise max_worker_processes and restart the server, or wait until another background worker has ended.".into()
+            }
+            Error::NotInstalled => "CREATE EXTENSION pg_crossover".into(),
+            Error::Version { is_older: true, .. } => "Run ALTER EXTENSION pg_crossover UPDATE in this database.".into(),
+            Error::Version { objects, .. } => {
+                format!("Install the library of version {objects} and restart the server.")
+            }
+            Error::ReadOnly { .. } => {
+                "Call it in a transaction that is READ WRITE; see default_transaction_read_only for what new ones are.".into()
+            }
             Error::Diverged { .. } => "No store is newly exposed until the stores have been compared and repaired.".into(),
             _ => return None,
         };

@@ -21,6 +21,7 @@ mod isolation;
 mod lock;
 mod mapping;
 mod parked;
+mod processes;
 mod resolve;
 mod resync;
 mod route;
@@ -29,6 +30,7 @@ mod setup;
 mod state;
 mod store;
 mod switch;
+mod version;
 mod views;
 mod worker;
 

@@ -84,6 +84,44 @@ impl Cluster {
         cluster
     }
 
+    /// Makes a streaming standby of this server and starts it.
+    pub fn standby(&self, name: &'static str) -> Self {
+        let base = tempfile::Builder::new().prefix("crossover.").tempdir().expect("a temporary directory");
+        Installation::get().give(base.path());
+        let watchdog = Watchdog::over(base.path());
+        let data = base.path().join("data");
+        let mut backup = Installation::get().program("pg_basebackup");
+        backup.args([
+            "-R",
+            "-c",
+            "fast",
+            "-X",
+            "stream",
+            "-h",
+            "127.0.0.1",
+            "-U",
+            "postgres",
+            "-p",
+            &self.port.to_string(),
+        ]);
+        backup.arg("-D").arg(&data);
+        run(backup);
+        let standby = Self { name, port: free_port(), data, _watchdog: watchdog, base };
+        standby.configure(&[
+            &format!("port = {}", standby.port),
+            &format!("unix_socket_directories = '{}'", standby.base.path().display()),
+        ]);
+        standby.start();
+        standby
+    }
+
+    /// Makes a standby a primary, and waits until it is one.
+    pub fn promote(&self) {
+        let mut command = self.pg_ctl("promote");
+        command.args(["-t", "60"]);
+        run(command);
+    }
+
     /// Appends lines to postgresql.conf; they count from the next start or [`Cluster::reload`].
     pub fn configure(&self, lines: &[&str]) {
         let mut file =

@@ -12,9 +12,11 @@ use crate::error::{Error, Problem, Result, report};
 use crate::lock::wait_latch;
 use crate::mapping::model::{Mapping, Options};
 use crate::state::State;
+use crate::version;
 use crate::worker::clerk::{Reply, Request, Segment, Start};
 use crate::worker::{is_preloaded, my_database, start_clerk};
 
+mod status;
 #[cfg(any(test, feature = "pg_test"))]
 mod tests;
 
@@ -199,6 +201,12 @@ fn request(
     if unsafe { pg_sys::RecoveryInProgress() } {
         return Err(Error::InRecovery);
     }
+    // Waiting changes nothing.
+    // SAFETY: reads a flag of this process's transaction.
+    if kind != "wait" && unsafe { pg_sys::XactReadOnly } {
+        return Err(Error::ReadOnly { function: format!("migration_{kind}") });
+    }
+    version::check(&look(version::QUERY)?)?;
     let timeout = timeout.as_micros() as f64 / 1e6;
     if timeout <= 0.0 {
         return Err(Error::BadArgument {

@@ -223,7 +223,7 @@ impl LocalSession {
         session.rollback();
         match owner?.first() {
             Some(row) => session.admin = pg_sys::Oid::from(parse::<u32>(row[0].as_deref().unwrap_or("0"))?),
-            None => return Err(Error::internal("extension pg_crossover is not installed in this database")),
+            None => return Err(Error::NotInstalled),
         }
         Ok(session)
     }

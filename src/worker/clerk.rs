@@ -8,7 +8,7 @@ use pgrx::pg_sys;
 use pgrx::prelude::*;
 use serde::{Deserialize, Serialize};
 
-use super::{assignment, connect, exit, my_database, start_migration};
+use super::{Assignment, assignment, connect, exit, my_database, start_migration};
 use crate::caller::Caller;
 use crate::error::{Error, Result};
 use crate::lock::wait_latch;
@@ -180,7 +180,11 @@ fn file(request: &Request) -> Result<i64> {
                 cancel_work(&mut session, migration)?;
             }
             if request.start.is_some()
-                && let Err(e) = start_migration(my_database(), pg_sys::Oid::from(owner), migration)
+                && let Err(e) = start_migration(Assignment {
+                    database: my_database(),
+                    role: pg_sys::Oid::from(owner),
+                    number: migration as u32,
+                })
             {
                 let id = migration.to_string();
                 session.write("DELETE FROM crossover.migration WHERE id = $1::text::int", &[Some(&id)])?;

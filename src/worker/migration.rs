@@ -25,6 +25,7 @@ use crate::state::{Phase, State};
 use crate::store::local::{LocalSession, catch};
 use crate::store::{Isolation, Session, parse};
 use crate::switch::{self, Order};
+use crate::version;
 
 /// The longest pause between two tries after an error.
 const MAX_BACKOFF: Duration = Duration::from_secs(5);
@@ -36,6 +37,8 @@ const FIGURES_EVERY: Duration = Duration::from_millis(500);
 const LOG_SIZE_EVERY: Duration = Duration::from_secs(1);
 /// A replicator that was done with its backlog this short a time ago keeps up: its log is as long as it has to be.
 const KEEPS_UP: Duration = Duration::from_secs(10);
+/// How often library and extension are compared.
+const VERSION_EVERY: Duration = Duration::from_secs(1);
 /// The pause before a copy worker that has ended is replaced.
 const COPIER_EVERY: Duration = Duration::from_millis(500);
 /// Scopes in a catching-up cycle below which the copy counts as caught up.
@@ -48,6 +51,11 @@ pub extern "C-unwind" fn crossover_migration_main(_arg: pg_sys::Datum) {
     connect(assignment);
     match run(assignment) {
         Ok(()) => exit(0),
+        // DROP EXTENSION: there is nothing to come back to.
+        Err(e @ Error::NotInstalled) => {
+            crate::error::raise(PgLogLevel::LOG, &e);
+            exit(0)
+        }
         Err(e) => {
             crate::error::raise(PgLogLevel::WARNING, &e);
             exit(1)
@@ -60,22 +68,36 @@ pub extern "C-unwind" fn crossover_migration_main(_arg: pg_sys::Datum) {
 /// An advisory lock of the session: an ordinary one would go with the first transaction that aborts. Its last field is one that
 /// pg_advisory_lock() never uses, so nobody else can take it.
 fn claim(id: i32) -> Result<bool> {
-    const KIND: u16 = 0x7063;
     // SAFETY: a session lock of this database; released when the process ends.
     catch(|| unsafe {
         pg_sys::StartTransactionCommand();
-        let tag = pg_sys::LOCKTAG {
-            locktag_field1: pg_sys::MyDatabaseId.to_u32(),
-            locktag_field2: 0,
-            locktag_field3: id as u32,
-            locktag_field4: KIND,
-            locktag_type: pg_sys::LockTagType::LOCKTAG_ADVISORY as u8,
-            locktag_lockmethodid: pg_sys::USER_LOCKMETHOD as u8,
-        };
-        let result = pg_sys::LockAcquire(&tag, pg_sys::ExclusiveLock as i32, true, true);
+        let result = pg_sys::LockAcquire(&claim_tag(id), pg_sys::ExclusiveLock as i32, true, true);
         pg_sys::CommitTransactionCommand();
         result != pg_sys::LockAcquireResult::LOCKACQUIRE_NOT_AVAIL
     })
+}
+
+/// Whether a worker serves this migration; it may come or go the next moment.
+pub fn has_worker(id: i32) -> Result<bool> {
+    // SAFETY: a lock of the transaction, given back with it.
+    catch(|| unsafe {
+        pg_sys::StartTransactionCommand();
+        let result = pg_sys::LockAcquire(&claim_tag(id), pg_sys::ShareLock as i32, false, true);
+        pg_sys::CommitTransactionCommand();
+        result == pg_sys::LockAcquireResult::LOCKACQUIRE_NOT_AVAIL
+    })
+}
+
+fn claim_tag(id: i32) -> pg_sys::LOCKTAG {
+    const KIND: u16 = 0x7063;
+    pg_sys::LOCKTAG {
+        locktag_field1: my_database().to_u32(),
+        locktag_field2: 0,
+        locktag_field3: id as u32,
+        locktag_field4: KIND,
+        locktag_type: pg_sys::LockTagType::LOCKTAG_ADVISORY as u8,
+        locktag_lockmethodid: pg_sys::USER_LOCKMETHOD as u8,
+    }
 }
 
 struct Worker {
@@ -88,6 +110,7 @@ struct Worker {
     parked_at: Instant,
     rotate_at: Instant,
     figures_at: Instant,
+    version_at: Instant,
     log_size_at: Instant,
     /// Of `crossover.max_log_size`, in percent, as far as it has been warned of.
     warned: i64,
@@ -96,6 +119,30 @@ struct Worker {
     had_error: bool,
     /// A request is being carried out.
     serving: bool,
+}
+
+/// Waits until library and objects are of one version; says so, in the log and as far as another version's tables let it in the status.
+fn await_version(session: &mut LocalSession, id: i32) -> Result<()> {
+    let mut said = false;
+    loop {
+        let Err(e) = version::check(&session.read(version::QUERY, &[])?) else { return Ok(()) };
+        if !matches!(e, Error::Version { .. }) {
+            return Err(e);
+        }
+        if !said {
+            said = true;
+            crate::error::raise(PgLogLevel::WARNING, &e);
+            // SAFETY: this process's pid.
+            let pid = unsafe { pg_sys::MyProcPid };
+            let _ = session.write(
+                "UPDATE crossover.activity SET worker_pid = $2::text::int, last_error = $3::text, last_error_at = clock_timestamp(), \
+                 last_error_hint = $4::text, waiting_for = $5::text WHERE migration_id = $1::text::int",
+                &[Some(&id.to_string()), Some(&pid.to_string()), Some(&e.to_string()), e.hint().as_deref(), Some(waiting_for(&e))],
+            );
+        }
+        wait_latch(VERSION_EVERY);
+        reload_configuration();
+    }
 }
 
 /// What a turn of the loop wants next.
@@ -107,10 +154,11 @@ enum Next {
 
 fn run(assignment: Assignment) -> Result<()> {
     let id = assignment.number as i32;
-    let session = LocalSession::new()?;
+    let mut session = LocalSession::new()?;
     if !claim(id)? {
         return Ok(());
     }
+    await_version(&mut session, id)?;
     let Some(ctx) = Context::load(session, id)? else { return Ok(()) };
     show_name(&ctx.migration.name);
     let now = Instant::now();
@@ -123,6 +171,7 @@ fn run(assignment: Assignment) -> Result<()> {
         parked_at: now,
         rotate_at: now,
         figures_at: now,
+        version_at: now,
         log_size_at: now,
         warned: 0,
         caught_up_at: now,
@@ -191,6 +240,10 @@ impl Worker {
     }
 
     fn turn(&mut self) -> Result<Next> {
+        if self.version_at <= Instant::now() {
+            version::check(&self.ctx.first.session.read(version::QUERY, &[])?)?;
+            self.version_at = Instant::now() + VERSION_EVERY;
+        }
         if !self.ctx.reload()? {
             return Ok(Next::Stop);
         }
@@ -600,7 +653,7 @@ impl Worker {
         self.had_error = true;
         let id = self.id();
         let text = error.detail().map_or_else(|| error.to_string(), |d| format!("{error}: {d}"));
-        let waiting = if is_transient(error) { "the second server" } else { "the error to be mended" };
+        let waiting = waiting_for(error);
         let shown = self.write(
             "UPDATE crossover.activity SET last_error = $2::text, last_error_at = clock_timestamp(), last_error_hint = $3::text, \
              waiting_for = $4::text, retries = retries + 1 WHERE migration_id = $1::text::int",
@@ -680,6 +733,16 @@ fn await_reader(caller: Option<Caller>) {
     let until = Instant::now() + Duration::from_secs(5);
     while Instant::now() < until && caller.is_some_and(|c| c.is_waiting().unwrap_or(false)) {
         wait_latch(Duration::from_millis(20));
+    }
+}
+
+/// As `migration_status` says it.
+fn waiting_for(error: &Error) -> &'static str {
+    match error {
+        Error::Version { .. } => "library and extension to be of one version",
+        Error::NoWorkerSlot { .. } => "a free slot of max_worker_processes",
+        e if is_transient(e) => "the second server",
+        _ => "the error to be mended",
     }
 }
 

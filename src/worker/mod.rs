@@ -6,6 +6,7 @@ pub mod copier;
 mod gone;
 pub mod launcher;
 pub mod migration;
+mod roster;
 
 use std::ffi::{CStr, CString, c_char, c_int};
 
@@ -19,7 +20,7 @@ use crate::error::{Error, Result};
 pub struct Assignment {
     pub database: pg_sys::Oid,
     pub role: pg_sys::Oid,
-    /// A migration's id, or the handle of a clerk's memory segment.
+    /// A migration's id, or the handle of a clerk's or scout's memory segment.
     pub number: u32,
 }
 
@@ -121,15 +122,22 @@ fn start(kind: &Kind, assignment: Assignment) -> Result<Handle> {
         pg_sys::MemoryContextSwitchTo(old);
         started
     };
-    if started { Ok(Handle(handle)) } else { Err(Error::NoWorkerSlot) }
+    if started { Ok(Handle(handle)) } else { Err(Error::NoWorkerSlot { limit: max_worker_processes() }) }
 }
 
-pub fn start_scout(database: pg_sys::Oid) -> Result<Handle> {
-    start(&SCOUT, Assignment { database, role: pg_sys::InvalidOid, number: 0 })
+pub fn start_scout(database: pg_sys::Oid, roster: u32) -> Result<Handle> {
+    start(&SCOUT, Assignment { database, role: pg_sys::InvalidOid, number: roster })
 }
 
-pub fn start_migration(database: pg_sys::Oid, owner: pg_sys::Oid, id: i32) -> Result<Handle> {
-    start(&MIGRATION, Assignment { database, role: owner, number: id as u32 })
+/// `migration`: its database, its owner, its id.
+pub fn start_migration(migration: Assignment) -> Result<Handle> {
+    start(&MIGRATION, migration)
+}
+
+/// The setting: slots for all background workers of the server.
+pub fn max_worker_processes() -> i32 {
+    // SAFETY: a setting that does not change while the server runs.
+    unsafe { pg_sys::max_worker_processes }
 }
 
 pub fn start_copy(database: pg_sys::Oid, owner: pg_sys::Oid, id: i32) -> Result<Handle> {
