@@ -105,6 +105,12 @@ fn end(ctx: &mut Context, order: &Order, to: State, work: impl Fn(&mut Context) 
         let second_shape = to == State::Cancelled;
         lock_first(ctx, order.patience.attempt(), true, second_shape, Some(pg_sys::AccessExclusiveLock))?;
         work(ctx)?;
+        // What the status shows is written now and then: the last figures would stand for ever.
+        let id = ctx.migration.id.to_string();
+        ctx.first.session.admin_execute(
+            "UPDATE crossover.activity SET backlog_rows = 0, backlog_since = NULL WHERE migration_id = $1::text::int",
+            &[Some(&id)],
+        )?;
         commit_state(ctx, order, to, Phase::Finishing, &pause)
     })
 }
