@@ -21,6 +21,7 @@ mod isolation;
 mod lock;
 mod mapping;
 mod parked;
+mod peer;
 mod processes;
 mod resolve;
 mod resync;

@@ -11,6 +11,7 @@ use crate::error::{Error, Problem, Result};
 use crate::fault;
 use crate::lock::{self, Patience};
 use crate::mapping::model::Target;
+use crate::peer;
 use crate::settings;
 use crate::state::Phase;
 use crate::store::{Isolation, Session, Store, Watermark};
@@ -69,14 +70,9 @@ pub fn describe(ctx: &mut Context) -> Result<Vec<Problem>> {
 fn install_second(ctx: &mut Context) -> Result<()> {
     let (_, second) = ctx.stores()?;
     let objects = second.objects.clone();
-    let mut sql = format!(
-        "CREATE SCHEMA IF NOT EXISTS {schema};\nCOMMENT ON SCHEMA {schema} IS 'pg_crossover: change logs of migrations into this database';\n",
-        schema = objects.schema()
-    );
-    sql += &objects.install(settings::log_rotation());
     second.session.set_deadline(Some(Instant::now() + std::time::Duration::from_secs(30)));
-    second.session.begin(Isolation::ReadCommitted, &[])?;
-    second.session.batch(&sql)?;
+    peer::begin_in_schema(&mut second.session, objects.schema())?;
+    second.session.batch(&objects.install(settings::log_rotation()))?;
     second.install_capture()?;
     let (fence, truncate) = (ctx.migration.options.fence, ctx.migration.options.target == Target::Truncate);
     let (_, second) = ctx.stores()?;
@@ -191,15 +187,7 @@ pub fn remove_second(ctx: &mut Context, keep_schema: bool) -> Result<()> {
     let schema = second.objects.schema().clone();
     in_transaction(&mut second.session, |session| {
         session.batch(&sql)?;
-        let empty = session.query(
-            "SELECT NOT EXISTS (SELECT FROM pg_class c WHERE c.relnamespace = n.oid) AND NOT EXISTS (SELECT FROM pg_proc p WHERE p.pronamespace = n.oid) \
-             FROM pg_namespace n WHERE n.nspname = $1::text",
-            &[Some(schema.as_str())],
-        )?;
-        if !keep_schema && empty.first().and_then(|r| r[0].as_deref()) == Some("t") {
-            session.batch(&format!("DROP SCHEMA {schema}"))?;
-        }
-        Ok(())
+        if keep_schema { Ok(()) } else { peer::drop_if_empty(session, &schema) }
     })
 }
 

@@ -33,7 +33,8 @@ impl Wire {
         wire
     }
 
-    fn to(port: u16) -> Self {
+    /// Puts a wire before a port.
+    pub fn to(port: u16) -> Self {
         let listener = TcpListener::bind(("127.0.0.1", 0)).expect("a port");
         listener.set_nonblocking(true).expect("a socket");
         let (cut, ended) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
