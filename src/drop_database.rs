@@ -11,7 +11,7 @@ use pgrx::pg_sys;
 use pgrx::prelude::*;
 
 use crate::processes::{Process, background_workers};
-use crate::worker::{APPLICATION, MIGRATION_TYPE, TYPES};
+use crate::worker::{APPLICATION, LASTING};
 
 static mut PREVIOUS: pg_sys::ProcessUtility_hook_type = None;
 
@@ -154,7 +154,7 @@ fn workers_in(database: pg_sys::Oid) -> Vec<Process> {
     // SAFETY: forgets a copy that this transaction may have made before.
     unsafe { pg_sys::pgstat_clear_backend_activity_snapshot() };
     let mut workers = background_workers();
-    workers.retain(|w| w.database == database && TYPES.contains(&w.kind.as_str()));
+    workers.retain(|w| w.database == database && LASTING.contains(&w.kind.as_str()));
     workers
 }
 
@@ -164,8 +164,7 @@ fn describe(workers: &[Process]) -> String {
     for worker in workers {
         let of = match worker.application.strip_prefix(APPLICATION).map(str::trim) {
             Some(name) if !name.is_empty() => format!("migration \"{name}\""),
-            _ if worker.kind == MIGRATION_TYPE => "a migration that is about to start".to_string(),
-            _ => worker.kind.clone(),
+            _ => "a migration that is about to start".to_string(),
         };
         lines.entry(of).or_default().push(format!("pid {}", worker.pid));
     }
@@ -190,11 +189,7 @@ mod tests {
             worker(7, "migration", "pg_crossover shop"),
             worker(8, "copy", "pg_crossover shop"),
             worker(9, "migration", ""),
-            worker(10, "clerk", ""),
         ];
-        assert_eq!(
-            describe(&workers),
-            "a migration that is about to start: pid 9\nmigration \"shop\": pid 7, pid 8\npg_crossover clerk: pid 10"
-        );
+        assert_eq!(describe(&workers), "a migration that is about to start: pid 9\nmigration \"shop\": pid 7, pid 8");
     }
 }

@@ -254,49 +254,53 @@ enum Gone {
 }
 
 /// The statement_timeout: time enough to begin to wait.
-const TIMEOUT: Duration = Duration::from_secs(2);
+const TIMEOUT: Duration = Duration::from_millis(1500);
 
 /// Has `call` waiting, makes it go away, and sees that it does within a second, that nothing of it is left, and that nobody goes on with it.
 fn interrupted(pair: &Pair, call: &str, waits: &dyn Fn() -> bool) {
     for gone in [Gone::Cancelled, Gone::TimedOut, Gone::Terminated] {
-        let what = format!("{call}, {gone:?}");
-        let mut operator = pair.first.connect();
-        let pid: i32 = operator.query_one("SELECT pg_backend_pid()", &[]).expect("a pid").get(0);
-        let limit = if matches!(gone, Gone::TimedOut) { TIMEOUT } else { Duration::from_secs(100) };
-        operator.batch_execute(&format!("SET statement_timeout = {}", limit.as_millis())).expect("a setting");
-        let began = Instant::now();
-        let statement = format!("SELECT {call}");
-        let waiting = thread::spawn(move || {
-            let result = operator.batch_execute(&statement);
-            (result, Instant::now())
-        });
-        until(&format!("{what}: it waits"), SOON, waits);
-        let asked = match gone {
-            Gone::TimedOut => began + TIMEOUT,
-            Gone::Cancelled | Gone::Terminated => {
-                let function = if matches!(gone, Gone::Cancelled) { "cancel" } else { "terminate" };
-                pair.first.sql(&format!("SELECT pg_{function}_backend({pid})"));
-                Instant::now()
-            }
-        };
-        let (result, ended) = waiting.join().expect("the operator");
-        let error = result.expect_err("it was interrupted");
-        match gone {
-            Gone::Terminated => assert!(is_disconnect(&error), "{what}: {}", explain(&error)),
-            _ => assert_eq!(error.code().map(|c| c.code()), Some("57014"), "{what}: {}", explain(&error)),
-        }
-        let took = ended.saturating_duration_since(asked);
-        println!("{what}: {took:?}");
-        assert!(took < A_SECOND, "{what}: it ended {took:?} after it was told to");
-        // Given up, although what it waited for is in the way still.
-        let open = "SELECT count(*) FROM crossover.request WHERE status IN ('queued', 'running')";
-        until(&format!("{what}: the request is given up"), SOON, || pair.first.text(open).as_deref() == Some("0"));
-        let locks = "SELECT count(*) FROM pg_locks l JOIN pg_stat_activity a USING (pid)
-                     WHERE l.relation = ANY (ARRAY(SELECT oid FROM pg_class WHERE relname ~ '^(customer|purchase|client|sale)')) AND a.backend_type LIKE 'pg_crossover%'";
-        until(&format!("{what}: no lock is held"), SOON, || pair.first.text(locks).as_deref() == Some("0"));
-        let marks = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND objsubid = 28772";
-        assert_eq!(pair.first.text(marks).as_deref(), Some("0"), "{what}");
+        interrupted_by(gone, pair, call, waits);
     }
+}
+
+fn interrupted_by(gone: Gone, pair: &Pair, call: &str, waits: &dyn Fn() -> bool) {
+    let what = format!("{call}, {gone:?}");
+    let mut operator = pair.first.connect();
+    let pid: i32 = operator.query_one("SELECT pg_backend_pid()", &[]).expect("a pid").get(0);
+    let limit = if matches!(gone, Gone::TimedOut) { TIMEOUT } else { Duration::from_secs(100) };
+    operator.batch_execute(&format!("SET statement_timeout = {}", limit.as_millis())).expect("a setting");
+    let began = Instant::now();
+    let statement = format!("SELECT {call}");
+    let waiting = thread::spawn(move || {
+        let result = operator.batch_execute(&statement);
+        (result, Instant::now())
+    });
+    until(&format!("{what}: it waits"), SOON, waits);
+    let asked = match gone {
+        Gone::TimedOut => began + TIMEOUT,
+        Gone::Cancelled | Gone::Terminated => {
+            let function = if matches!(gone, Gone::Cancelled) { "cancel" } else { "terminate" };
+            pair.first.sql(&format!("SELECT pg_{function}_backend({pid})"));
+            Instant::now()
+        }
+    };
+    let (result, ended) = waiting.join().expect("the operator");
+    let error = result.expect_err("it was interrupted");
+    match gone {
+        Gone::Terminated => assert!(is_disconnect(&error), "{what}: {}", explain(&error)),
+        _ => assert_eq!(error.code().map(|c| c.code()), Some("57014"), "{what}: {}", explain(&error)),
+    }
+    let took = ended.saturating_duration_since(asked);
+    println!("{what}: {took:?}");
+    assert!(took < A_SECOND, "{what}: it ended {took:?} after it was told to");
+    // Given up, although what it waited for is in the way still.
+    let open = "SELECT count(*) FROM crossover.request WHERE status IN ('queued', 'running')";
+    until(&format!("{what}: the request is given up"), SOON, || pair.first.text(open).as_deref() == Some("0"));
+    let locks = "SELECT count(*) FROM pg_locks l JOIN pg_stat_activity a USING (pid)
+                     WHERE l.relation = ANY (ARRAY(SELECT oid FROM pg_class WHERE relname ~ '^(customer|purchase|client|sale)')) AND a.backend_type LIKE 'pg_crossover%'";
+    until(&format!("{what}: no lock is held"), SOON, || pair.first.text(locks).as_deref() == Some("0"));
+    let marks = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND objsubid = 28772";
+    assert_eq!(pair.first.text(marks).as_deref(), Some("0"), "{what}");
 }
 
 #[test]
@@ -317,10 +321,15 @@ fn callers_that_are_interrupted() {
     assert_eq!(before.1, pair.second.pg_dump_schema("app"));
     drop(writer);
 
-    // One that waits for a silent server.
-    let migration = market::started(&pair);
     let running = "SELECT count(*) FROM crossover.request WHERE status IN ('queued', 'running')";
     let is_running = || pair.first.text(running).as_deref() == Some("1");
+    // One that waits for a silent server.
+    pair.second.pause();
+    interrupted_by(Gone::Cancelled, &pair, &start, &is_running);
+    pair.second.resume();
+    until("nothing is left of it", SOON, || pair.first.text(status).is_none());
+    assert_eq!(before.1, pair.second.pg_dump_schema("app"));
+    let migration = market::started(&pair);
     pair.second.pause();
     interrupted(&pair, "migration_wait('market')", &is_running);
     pair.second.resume();

@@ -61,6 +61,9 @@ fn scout_out(database: pg_sys::Oid) -> Result<Option<Vec<Assignment>>> {
     scout.map(|_| found)
 }
 
+/// What PostgreSQL writes into datconnlimit before it drops a database.
+const HALF_DROPPED: i32 = -2;
+
 /// The databases that can be connected to, from the shared catalog.
 fn databases() -> Vec<pg_sys::Oid> {
     let result = catch(|| {
@@ -78,7 +81,7 @@ fn databases() -> Vec<pg_sys::Oid> {
                 }
                 let data = (*tuple).t_data;
                 let form = data.cast::<u8>().add((*data).t_hoff as usize).cast::<pg_sys::FormData_pg_database>();
-                if (*form).datallowconn && !(*form).datistemplate {
+                if (*form).datallowconn && !(*form).datistemplate && (*form).datconnlimit != HALF_DROPPED {
                     found.push((*form).oid);
                 }
             }

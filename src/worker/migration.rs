@@ -110,6 +110,8 @@ struct Worker {
     parked_at: Instant,
     rotate_at: Instant,
     figures_at: Instant,
+    /// [`Worker::begin`] is done.
+    begun: bool,
     version_at: Instant,
     log_size_at: Instant,
     /// Of `crossover.max_log_size`, in percent, as far as it has been warned of.
@@ -171,6 +173,7 @@ fn run(assignment: Assignment) -> Result<()> {
         parked_at: now,
         rotate_at: now,
         figures_at: now,
+        begun: false,
         version_at: now,
         log_size_at: now,
         warned: 0,
@@ -179,7 +182,6 @@ fn run(assignment: Assignment) -> Result<()> {
         had_error: true,
         serving: false,
     };
-    worker.begin()?;
     let mut pause = Duration::ZERO;
     loop {
         let turn = catch(|| {
@@ -243,6 +245,10 @@ impl Worker {
         if self.version_at <= Instant::now() {
             version::check(&self.ctx.first.session.read(version::QUERY, &[])?)?;
             self.version_at = Instant::now() + VERSION_EVERY;
+        }
+        if !self.begun {
+            self.begin()?;
+            self.begun = true;
         }
         if !self.ctx.reload()? {
             return Ok(Next::Stop);

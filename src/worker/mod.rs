@@ -35,9 +35,8 @@ struct Kind {
 
 /// The application_name of a worker is this, then the name of its migration.
 pub const APPLICATION: &str = "pg_crossover";
-/// `backend_type` of the workers that are connected to a database.
-pub const TYPES: [&str; 4] = [SCOUT.kind, MIGRATION_TYPE, COPY.kind, CLERK.kind];
-pub const MIGRATION_TYPE: &str = MIGRATION.kind;
+/// `backend_type` of the workers that stay in their database; a scout or a clerk is gone in a moment.
+pub const LASTING: [&str; 2] = [MIGRATION.kind, COPY.kind];
 
 const LAUNCHER: Kind = Kind { kind: "pg_crossover launcher", function: "crossover_launcher_main", restart: Some(5) };
 const SCOUT: Kind = Kind { kind: "pg_crossover scout", function: "crossover_scout_main", restart: None };

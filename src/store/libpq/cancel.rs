@@ -11,7 +11,7 @@ use std::cell::{Cell, RefCell};
 use std::ffi::{c_char, c_int};
 use std::ptr::{self, NonNull};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::mpsc::{self, Receiver};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
 use pgrx::pg_sys;
@@ -19,6 +19,8 @@ use pq_sys::{PGTransactionStatusType, PGcancel, PGconn};
 
 /// How long a cancel request may keep its caller.
 const CANCEL_PATIENCE: Duration = Duration::from_millis(500);
+/// How often the caller looks whether it is to be interrupted.
+const LOOK_EVERY: Duration = Duration::from_millis(20);
 /// And how long all those together that are sent as the process exits.
 const EXIT_PATIENCE: Duration = Duration::from_millis(300);
 /// Cancel requests of this process that a silent server may keep hanging; past it none is sent.
@@ -72,13 +74,28 @@ unsafe extern "C-unwind" fn at_exit(_code: c_int, _arg: pg_sys::Datum) {
     }
 }
 
-/// Asks the server to cancel what runs on `conn`; whether the request was delivered within half a second.
+/// Asks the server to cancel what runs on `conn`; whether the request was delivered within half a second. Does not wait any longer when this
+/// process itself is to be interrupted.
 ///
 /// # Safety
 /// `conn` is a live connection.
 pub(super) unsafe fn cancel(conn: *mut PGconn) -> bool {
     // SAFETY: as the caller vouches.
-    unsafe { begin(conn) }.is_some_and(|answer| answer.recv_timeout(CANCEL_PATIENCE).unwrap_or(false))
+    let Some(answer) = (unsafe { begin(conn) }) else { return false };
+    let until = Instant::now() + CANCEL_PATIENCE;
+    loop {
+        match answer.recv_timeout(LOOK_EVERY) {
+            Ok(delivered) => return delivered,
+            Err(RecvTimeoutError::Disconnected) => return false,
+            Err(RecvTimeoutError::Timeout) if Instant::now() >= until || is_interrupted() => return false,
+            Err(RecvTimeoutError::Timeout) => {}
+        }
+    }
+}
+
+fn is_interrupted() -> bool {
+    // SAFETY: a flag of this process that signal handlers set; no more than a look at it.
+    unsafe { (&raw const pg_sys::InterruptPending).read_volatile() != 0 }
 }
 
 /// Sends a cancel request for what runs on `conn`, and does not wait.
