@@ -68,7 +68,12 @@ impl Context {
         self.first.session.rollback();
         match migration? {
             Some(migration) => {
+                // Set-up knows the server before it is written down.
+                let server_id = self.migration.server_id;
                 self.migration = migration;
+                if self.migration.server_id == 0 {
+                    self.migration.server_id = server_id;
+                }
                 Ok(true)
             }
             None => Ok(false),

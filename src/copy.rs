@@ -320,6 +320,7 @@ pub fn owe_violations(ctx: &mut Context) -> Result<usize> {
 
 /// Marks the copy as complete: from now on its backlog is applied.
 pub fn complete(ctx: &mut Context) -> Result<()> {
+    fault::point("copy:complete")?;
     ctx.migration.phase = crate::state::Phase::CatchingUp;
     ctx.first.session.begin(Isolation::ReadCommitted, &[])?;
     let result = ctx.migration.store(&mut ctx.first.session).and_then(|()| ctx.first.session.commit());
@@ -331,6 +332,7 @@ pub fn complete(ctx: &mut Context) -> Result<()> {
 
 /// `copying` to `first`.
 pub fn enter_first(ctx: &mut Context, rows: u64) -> Result<()> {
+    fault::point("copy:caught-up")?;
     let from = ctx.migration.state;
     ctx.migration.state = crate::state::State::First;
     ctx.migration.phase = crate::state::Phase::Replicating;

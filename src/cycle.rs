@@ -89,6 +89,7 @@ pub fn run(ctx: &mut Context, retry_parked: bool) -> Result<Outcome> {
         second.session.rollback();
         result = first
             .renew_capture(directions.forward, !directions.forward)
+            .and_then(|()| fault::point("capture:renewed"))
             .and_then(|()| second.renew_capture(directions.backward, fence && !directions.backward))
             .and_then(|()| once(first, second));
     }

@@ -98,6 +98,21 @@ pub fn cancel(ctx: &mut Context, order: &Order) -> Result<()> {
     fault::point("cancel:committed")
 }
 
+/// Undoes here what a start that failed has installed, and gives the tables' names back where it had taken them. Repeatable.
+pub fn undo_start(ctx: &mut Context, order: &Order) -> Result<()> {
+    in_attempts(ctx, order, |ctx| {
+        let takeover = ctx.migration.taken_over;
+        lock_first(ctx, order.patience.attempt(), takeover, false, Some(pg_sys::AccessExclusiveLock))?;
+        if takeover {
+            views::give_back(ctx)?;
+        }
+        setup::remove_first_locked(ctx)?;
+        let Context { migration, first, .. } = ctx;
+        migration.store(&mut first.session)?;
+        first.session.commit()
+    })
+}
+
 /// One transaction here that ends the migration, under the locks of everything that it changes.
 fn end(ctx: &mut Context, order: &Order, to: State, work: impl Fn(&mut Context) -> Result<()>) -> Result<()> {
     in_attempts(ctx, order, |ctx| {
@@ -111,6 +126,7 @@ fn end(ctx: &mut Context, order: &Order, to: State, work: impl Fn(&mut Context) 
             "UPDATE crossover.activity SET backlog_rows = 0, backlog_since = NULL WHERE migration_id = $1::text::int",
             &[Some(&id)],
         )?;
+        fault::point("end:moved")?;
         commit_state(ctx, order, to, Phase::Finishing, &pause)
     })
 }
@@ -118,6 +134,7 @@ fn end(ctx: &mut Context, order: &Order, to: State, work: impl Fn(&mut Context) 
 /// Removes what an ended migration has on the second server. Repeated by the worker until it works.
 pub fn clean_up(ctx: &mut Context) -> Result<()> {
     setup::remove_second(ctx, false)?;
+    fault::point("cleanup:peer")?;
     set_phase(ctx, Phase::Done)
 }
 
@@ -151,5 +168,6 @@ pub fn bring_conflicts_home(ctx: &mut Context) -> Result<()> {
         }
     }
     first.session.commit()?;
+    fault::point("conflict:copied")?;
     second.session.execute(&format!("DELETE FROM {table} WHERE id <= $1::text::bigint"), &[Some(&last)]).map(drop)
 }

@@ -158,6 +158,7 @@ pub fn ensure_watermark(ctx: &mut Context) -> Result<()> {
         second.set_watermark(&Watermark { snapshot, counter })?;
         second.session.commit()?;
     }
+    fault::point("start:watermark")?;
     first.session.begin(Isolation::ReadCommitted, &[])?;
     if first.watermark()?.is_none() {
         let snapshot = begin_snapshot(second)?;
@@ -178,11 +179,13 @@ fn begin_snapshot<S: Session>(store: &mut Store<S>) -> Result<crate::store::Snap
 /// lock the tables in another order are never in the way of more than one; then one for the rest. Repeatable.
 pub fn remove_second(ctx: &mut Context, keep_schema: bool) -> Result<()> {
     ctx.connect()?;
-    let tables = ctx.pairs.len();
+    // The mapping's: after a crash in `finishing` the first tables may be gone, and nothing is known of either.
+    let tables = ctx.named_tables()?.len();
     let (_, second) = ctx.stores()?;
     for sql in second.drop_triggers()? {
         in_transaction(&mut second.session, |session| session.batch(&sql))?;
     }
+    fault::point("cleanup:triggers")?;
     let sql = second.objects.uninstall(tables);
     let schema = second.objects.schema().clone();
     in_transaction(&mut second.session, |session| {
@@ -203,6 +206,15 @@ fn in_transaction<S: Session>(session: &mut S, work: impl FnOnce(&mut S) -> Resu
         session.rollback();
     }
     result
+}
+
+/// Has set-up installed capture here?
+pub fn is_captured(ctx: &mut Context) -> Result<bool> {
+    let rows = ctx.first.session.read(
+        "SELECT EXISTS (SELECT FROM crossover.migrated_table WHERE migration_id = $1::text::int)",
+        &[Some(&ctx.migration.id.to_string())],
+    )?;
+    Ok(rows[0][0].as_deref() == Some("t"))
 }
 
 /// Removes what the migration has here, in a transaction of its own (set-up and its undoing).

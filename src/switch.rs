@@ -292,6 +292,7 @@ fn towards_second(ctx: &mut Context, order: &Order) -> Result<()> {
     pause.drained = plan.log_rows();
     first.set_fence(true)?;
     views::point_at_second(ctx)?;
+    fault::point("switch:moved")?;
     commit_state(ctx, order, State::Second, Phase::Replicating, &pause)?;
     fault::point("switch:first-committed")
 }
@@ -356,6 +357,7 @@ fn towards_first(ctx: &mut Context, order: &Order, to: State) -> Result<()> {
     } else if !fence_only {
         views::hide_second_shape(ctx)?;
     }
+    fault::point("switch:moved")?;
     commit_state(ctx, order, to, phase, &pause)?;
     fault::point("switch:first-committed")?;
 
@@ -417,6 +419,7 @@ fn open_second(ctx: &mut Context, order: &Order) -> Result<()> {
 }
 
 fn open_second_fenced(ctx: &mut Context, order: &Order) -> Result<()> {
+    fault::point("switch:opening")?;
     loop {
         let opened = (|| {
             let (_, second) = ctx.stores()?;
@@ -446,6 +449,7 @@ fn open_second_fenced(ctx: &mut Context, order: &Order) -> Result<()> {
             views::take_over(ctx)?;
         }
         views::expose_second_shape(ctx)?;
+        fault::point("switch:moved")?;
         commit_state(ctx, order, State::Both, Phase::Replicating, &pause)
     })?;
     fault::point("switch:first-committed")

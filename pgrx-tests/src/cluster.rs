@@ -145,6 +145,16 @@ impl Cluster {
         assert!(ok, "cluster {} did not start:\n{}", self.name, self.log_tail());
     }
 
+    /// Starts the server after its postmaster was killed and all of its processes have gone. Where nobody reaps orphans at once, the dead
+    /// postmaster still has its pid, and its lock files seem to be in use.
+    pub fn start_after_kill(&self) {
+        assert!(self.postmaster().is_none(), "the postmaster of cluster {} is alive", self.name);
+        for lock in [self.data.join("postmaster.pid"), self.base.path().join(format!(".s.PGSQL.{}.lock", self.port))] {
+            let _ = fs::remove_file(lock);
+        }
+        self.start();
+    }
+
     /// Stops the server and waits until it is gone; a paused one is woken first.
     pub fn stop(&self, how: Stop) {
         self.resume();

@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use serde_json::{Value, json};
 
+use crate::cluster::Cluster;
 use crate::load::{Load, Tally};
 use crate::migration::is_disconnect;
 use crate::pair::Pair;
@@ -102,7 +103,15 @@ pub fn check(pair: &Pair, first_table: &str, acked: &HashSet<String>) {
         first.len(),
         second.len()
     );
-    let tokens = pair.second.list("SELECT lower(left(word, 1)) || substr(word, 2) FROM ledger.entry");
+    check_alone(&pair.second, "SELECT lower(left(word, 1)) || substr(word, 2) FROM ledger.entry", acked);
+}
+
+/// Checks a store that stands alone, after a migration's end: `query` gives its tokens.
+///
+/// # Panics
+/// With what is wrong.
+pub fn check_alone(cluster: &Cluster, query: &str, acked: &HashSet<String>) {
+    let tokens = cluster.list(query);
     let known: HashSet<&str> = tokens.iter().map(String::as_str).collect();
     assert_eq!(known.len(), tokens.len(), "entries are there twice");
     let lost: Vec<_> = acked.iter().filter(|token| !known.contains(token.as_str())).take(5).collect();

@@ -20,6 +20,7 @@ pub mod tokens;
 pub mod wait;
 pub mod wire;
 pub mod witness;
+pub mod writers;
 
 pub use cluster::Cluster;
 pub use load::{Load, Tally};

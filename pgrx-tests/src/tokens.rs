@@ -13,7 +13,7 @@ use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 use serde_json::{Value, json};
 
-use crate::cluster::explain;
+use crate::cluster::{Cluster, explain};
 use crate::migration::{Migration, is_disconnect};
 use crate::pair::Pair;
 use crate::wait::{SOON, beat, until};
@@ -84,6 +84,8 @@ impl Door {
 struct Ledger {
     /// Acknowledged tokens.
     acked: HashSet<String>,
+    /// How many each client has got.
+    acked_by: HashMap<String, usize>,
     /// Rows that were deleted, with their trail; and whether the commit was acknowledged.
     deleted: Vec<(i32, String, bool)>,
     /// Errors that no client should see.
@@ -132,6 +134,15 @@ impl Tokens {
         until("the clients of the token check have done their work", SOON, || lock(&self.ledger).acked.len() >= goal);
     }
 
+    /// Waits until each client has got a token acknowledged since now, whatever had become of its connection.
+    pub fn until_each_acked(&self) {
+        let before = lock(&self.ledger).acked_by.clone();
+        until("each client of the token check works", SOON, || {
+            let now = lock(&self.ledger).acked_by.clone();
+            now.len() == self.threads.len() && now.iter().all(|(name, count)| before.get(name) < Some(count))
+        });
+    }
+
     /// Ends the clients.
     pub fn stop(mut self) -> Stopped {
         self.join();
@@ -174,6 +185,15 @@ impl Stopped {
             wrong.push(format!("the stores differ in the rows {keys:?}"));
         }
 
+        for (store, rows) in [("first", &first), ("second", &second)] {
+            let mut once = HashSet::new();
+            let twice: Vec<&str> =
+                rows.values().flat_map(|trail| tokens_of(trail)).filter(|t| !once.insert(*t)).collect();
+            if !twice.is_empty() {
+                wrong.push(format!("tokens are in the {store} store twice: {twice:?}"));
+            }
+        }
+
         let mut seen: HashSet<&str> = HashSet::new();
         let deleted = &self.ledger.deleted;
         let trails = first.values().chain(second.values()).chain(deleted.iter().map(|(_, trail, _)| trail));
@@ -209,6 +229,23 @@ impl Stopped {
     }
 }
 
+impl Stopped {
+    /// Checks a store that stands alone, after a migration's end: `query` gives its keys and trails.
+    ///
+    /// # Panics
+    /// With what is lost, or there twice.
+    pub fn check_alone(&self, cluster: &Cluster, query: &str) {
+        assert!(self.ledger.errors.is_empty(), "clients saw errors: {:#?}", self.ledger.errors);
+        let rows = rows(&mut cluster.connect_soon(), query);
+        let mut seen = HashSet::new();
+        let twice: Vec<&str> = rows.values().flat_map(|trail| tokens_of(trail)).filter(|t| !seen.insert(*t)).collect();
+        assert!(twice.is_empty(), "tokens are there twice: {twice:?}");
+        self.ledger.deleted.iter().for_each(|(_, trail, _)| seen.extend(tokens_of(trail)));
+        let lost: Vec<_> = self.ledger.acked.iter().filter(|token| !seen.contains(token.as_str())).take(5).collect();
+        assert!(lost.is_empty(), "acknowledged tokens are lost, such as {lost:?}");
+    }
+}
+
 fn client(name: &str, door: &Door, mut rng: StdRng, stop: &AtomicBool, ledger: &Mutex<Ledger>) {
     const ENOUGH: usize = 10;
     let mut connection: Option<Client> = None;
@@ -217,7 +254,7 @@ fn client(name: &str, door: &Door, mut rng: StdRng, stop: &AtomicBool, ledger: &
         let token = format!("{name}.{count}");
         count += 1;
         let result = match &mut connection {
-            Some(client) if !client.is_closed() => one_transaction(client, door, &mut rng, &token, ledger),
+            Some(client) if !client.is_closed() => one_transaction(client, name, door, &mut rng, &token, ledger),
             lost => door.config.connect(NoTls).map(|client| *lost = Some(client)),
         };
         match result {
@@ -237,6 +274,7 @@ fn client(name: &str, door: &Door, mut rng: StdRng, stop: &AtomicBool, ledger: &
 /// Appends (mostly), inserts or deletes, and enters in the ledger what became of it.
 fn one_transaction(
     client: &mut Client,
+    name: &str,
     door: &Door,
     rng: &mut StdRng,
     token: &str,
@@ -267,6 +305,7 @@ fn one_transaction(
     }
     if wrote > 0 {
         ledger.acked.insert(token.to_owned());
+        *ledger.acked_by.entry(name.to_owned()).or_default() += 1;
     }
     Ok(())
 }

@@ -1,217 +1,438 @@
-//! `kill -9` at every named step, under writers: the migration goes on by itself, and nothing is lost, doubled or half done.
+//! A crash at every named step, in every state that has it, under writers: the migration goes on by itself, and nothing is lost, doubled
+//! or half done. At each step the process itself is killed (and with it the first server), or the second server, or the step fails.
 
 use std::collections::BTreeSet;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use pgrx_tests::cluster::explain;
-use pgrx_tests::journal::{self, Journal};
-use pgrx_tests::migration::{is_disconnect, set_state};
-use pgrx_tests::schema::{assert_same_dump, traces};
-use pgrx_tests::tokens::{self, Door, Tokens};
+use pgrx_tests::cluster::{Stop, explain};
+use pgrx_tests::migration::set_state;
+use pgrx_tests::schema::traces;
+use pgrx_tests::tokens;
 use pgrx_tests::wait::{SOON, until, until_some};
+use pgrx_tests::writers::{
+    self, Generation, NAME, Untouched, Writers, any_end, at_rest, held_process, until_replicated,
+};
 use pgrx_tests::{Migration, Pair, process};
-use serde_json::{Value, json};
+use serde_json::json;
 
-/// Entries that are there before, enough for a copy of several chunks.
-const OLD: u32 = 5_000;
-
-fn pair() -> Pair {
-    let pair = Pair::new();
-    pair.expect_crashes();
-    tokens::create(&pair);
-    journal::create(&pair, OLD);
-    pair
-}
-
-fn mapping() -> Value {
-    json!({"tables": [tokens::mapping(), journal::mapping()]})
-}
-
-fn options() -> Value {
-    json!({"chunk_rows": 500, "copy_workers": 2})
-}
-
-/// Clients on the first shape, and more doors where they are open; they come back after a crash.
-struct Writers {
-    tokens: Tokens,
-    journal: Journal,
-}
-
-static WRITERS: AtomicUsize = AtomicUsize::new(0);
-
-impl Writers {
-    fn start(pair: &Pair, more: &[Door]) -> Self {
-        let mut doors = vec![Door::first(pair), Door::first(pair)];
-        doors.extend_from_slice(more);
-        let seed = tokens::seed();
-        // Two of them may start within the second that the seed is made of; their entries must not look the same.
-        let number = WRITERS.fetch_add(1, Ordering::Relaxed);
-        Self {
-            tokens: Tokens::start(&doors, seed),
-            journal: Journal::start(pair, 1, &format!("writer {seed}.{number}")),
-        }
-    }
-
-    /// Waits until all of them have got something done since now.
-    fn until_busy(&self) {
-        self.tokens.until_acked(10);
-        self.journal.until_acked(10);
-    }
-
-    /// Ends them, and compares both stores with each other and with what they were told. `suffix` as in [`tokens::Stopped::check`].
-    fn check(self, pair: &Pair, migration: &Migration, suffix: &str) {
-        let (ledger, acked) = (self.tokens.stop(), self.journal.stop());
-        migration.settle();
-        let summary = ledger.check(pair, migration, &format!("trail{suffix}"));
-        println!("{:?}", summary.unwrap_or_else(|wrong| panic!("{wrong}")));
-        journal::check(pair, &format!("journal{suffix}"), &acked);
-    }
-}
-
-/// Waits until the armed fault has struck and the server accepts connections again.
-fn struck(pair: &Pair, point: &str) {
-    until(&format!("a process reaches {point}"), SOON, || !pair.first.fault_is_armed());
-    pair.first.connect_soon();
-}
-
-#[test]
-fn start_and_copy() {
-    let pair = pair();
-    let before = (pair.first.pg_dump_schema("app"), pair.second.pg_dump_schema("app"));
-    for point in ["start:capture", "start:peer", "start:ready", "copy:claimed", "copy:sent", "copy:committed"] {
-        println!("{point}");
-        let migration = Migration::named(&pair, "rail");
-        let writers = Writers::start(&pair, &[]);
-        pair.first.fault(&format!("{point} kill"));
-        match migration.try_start(&mapping(), &options()) {
-            Ok(_) => {}
-            Err(e) if is_disconnect(&e) => {}
-            Err(e) => panic!("{point}: {}", explain(&e)),
-        }
-        struck(&pair, point);
-        // The old state (nothing was started, nothing is left) or the new one (it goes on by itself).
-        // The fault is taken before it strikes: the server may be going down just now, and no answer is not "none".
-        let state: String = until_some("the server says the state", SOON, || {
-            let query = "SELECT state::text FROM migration_status WHERE name = 'rail'";
-            let row = pair.first.try_connect().ok()?.query_opt(query, &[]).ok()?;
-            Some(row.map_or_else(|| "none".into(), |row| row.get(0)))
-        });
-        match state.as_str() {
-            "none" | "cancelled" => {
-                assert!(traces(&pair.first).is_empty() && traces(&pair.second).is_empty(), "{point}: half a start");
-                migration
-                    .try_start(&mapping(), &options())
-                    .unwrap_or_else(|e| panic!("{point}, again: {}", explain(&e)));
-            }
-            "copying" | "first" => {}
-            other => panic!("{point}: the state is {other}"),
-        }
-        migration.until_state("first");
-        writers.until_busy();
-        writers.check(&pair, &migration, "");
-        migration.cancel();
-        assert_same_dump("the first database", &before.0, &pair.first.pg_dump_schema("app"));
-        assert_same_dump("the second database", &before.1, &pair.second.pg_dump_schema("app"));
-        pair.second.sql("TRUNCATE rail.path, ledger.entry");
-    }
-}
-
-#[test]
-fn cycles() {
-    let pair = pair();
-    let migration = Migration::start_with(&pair, "rail", &mapping(), &options());
-    migration.until_state("first");
-    let writers = Writers::start(&pair, &[]);
-    for point in ["cycle:read", "cycle:flushed", "cycle:second-written", "cycle:second-committed"] {
-        for action in ["kill", "error"] {
-            println!("first, {point} {action}");
-            pair.first.fault(&format!("{point} {action}"));
-            struck(&pair, point);
-            writers.until_busy();
-        }
-    }
-    writers.check(&pair, &migration, "");
-
-    migration.set_state("both");
-    let writers = Writers::start(&pair, &[Door::second(&pair), Door::second_view(&pair)]);
-    for point in [
+/// Which steps are passed where: what each of the tests below goes through, point by point.
+mod steps {
+    pub const START: &[&str] = &[
+        "clerk:begun",
+        "clerk:filed",
+        "request:taken",
+        "cleanup:triggers",
+        "start:peer",
+        "start:capture",
+        "start:watermark",
+        "start:ready",
+        "request:answering",
+    ];
+    pub const UNDO: &[&str] = &["undo:first", "undo:second"];
+    pub const COPY: &[&str] = &["copy:claimed", "copy:sent", "copy:committed"];
+    pub const END_OF_COPY: &[&str] = &["copy:complete", "copy:caught-up"];
+    pub const COPY_AGAIN: &[&str] = &["resync:dropped", "resync:emptied", "resync:begun"];
+    pub const FIRST: &[&str] = &[
+        "cycle:read",
+        "cycle:flushed",
+        "cycle:second-written",
+        "cycle:second-committed",
+        "rotate:first",
+        "capture:renewed",
+    ];
+    pub const BOTH: &[&str] = &[
         "cycle:read",
         "cycle:flushed",
         "cycle:first-written",
         "cycle:first-committed",
         "cycle:second-written",
         "cycle:second-committed",
-    ] {
-        for action in ["kill", "error"] {
-            println!("both, {point} {action}");
-            pair.first.fault(&format!("{point} {action}"));
-            struck(&pair, point);
+        "rotate:first",
+        "capture:renewed",
+    ];
+    pub const SECOND: &[&str] = &[
+        "cycle:read",
+        "cycle:flushed",
+        "cycle:first-written",
+        "cycle:first-committed",
+        "rotate:first",
+        "capture:renewed",
+    ];
+    pub const OPEN: &[&str] = &[
+        "switch:begin",
+        "switch:opening",
+        "switch:second-committed",
+        "switch:locked",
+        "switch:moved",
+        "switch:first-committed",
+    ];
+    pub const MOVE: &[&str] = &[
+        "switch:begin",
+        "switch:locked",
+        "switch:drained",
+        "switch:second-committed",
+        "switch:moved",
+        "switch:first-committed",
+    ];
+    pub const CONFLICT: &[&str] = &["conflict:copied"];
+    pub const REQUEST: &[&str] = &["clerk:begun", "clerk:filed", "request:taken", "request:answering"];
+    pub const CANCEL: &[&str] =
+        &["end:moved", "cancel:committed", "cleanup:triggers", "cleanup:peer", "request:answering"];
+    pub const FINISH: &[&str] =
+        &["end:moved", "finish:committed", "cleanup:triggers", "cleanup:peer", "request:answering"];
+    pub const RESTART: &[&str] = &["scout:begun"];
+
+    pub const ALL: &[&[&str]] = &[
+        START,
+        UNDO,
+        COPY,
+        END_OF_COPY,
+        COPY_AGAIN,
+        FIRST,
+        BOTH,
+        SECOND,
+        OPEN,
+        MOVE,
+        CONFLICT,
+        REQUEST,
+        CANCEL,
+        FINISH,
+        RESTART,
+    ];
+}
+
+#[test]
+fn no_step_is_forgotten() {
+    let source = include_str!("../../src/fault.rs");
+    let list =
+        source.split_once("POINTS: &[&str] = &[").and_then(|(_, rest)| rest.split_once("];")).expect("the list").0;
+    let named: BTreeSet<&str> = list.split('"').skip(1).step_by(2).collect();
+    let tested: BTreeSet<&str> = steps::ALL.iter().copied().flatten().copied().collect();
+    assert_eq!(named, tested, "the steps that the source names, and those that the tests go through");
+}
+
+/// What happens at a step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Blow {
+    /// The process that comes to it is killed with -9; PostgreSQL then throws everybody out and recovers.
+    Kill,
+    /// The process is held while the second server is stopped at once, and started again.
+    SecondServer,
+    /// The step fails.
+    Error,
+}
+
+const BLOWS: [Blow; 3] = [Blow::Kill, Blow::SecondServer, Blow::Error];
+
+impl Blow {
+    /// Strikes the next process that comes to `point`, which `provoke` sees to. What that returns does not count, but its panics do.
+    fn strike(self, pair: &Pair, point: &str, provoke: impl FnOnce() + Send) {
+        let verb = match self {
+            Blow::Kill => "kill",
+            Blow::SecondServer => "stop",
+            Blow::Error => "error",
+        };
+        let old = Generation::of(&pair.first);
+        pair.first.fault(&format!("{point} {verb}"));
+        thread::scope(|scope| {
+            let provoked = scope.spawn(provoke);
+            until(&format!("a process comes to {point}"), SOON, || !pair.first.fault_is_armed());
+            match self {
+                Blow::Kill => old.until_replaced(&pair.first),
+                Blow::SecondServer => {
+                    let held = until_some("it is held", SOON, || held_process(&pair.first));
+                    pair.second.restart(Stop::Immediate);
+                    process::signal(held, process::CONTINUE);
+                }
+                Blow::Error => {}
+            }
+            provoked.join().unwrap_or_else(|_| panic!("{point} {self:?}"));
+        });
+    }
+}
+
+#[test]
+fn starts() {
+    let pair = writers::pair(1000);
+    let before = Untouched::of(&pair);
+    let writers = Writers::start(&pair);
+    let migration = Migration::named(&pair, NAME);
+    let mut options = json!({"chunk_rows": 500, "copy_workers": 2});
+    for (i, point) in steps::START.iter().enumerate() {
+        for (j, blow) in BLOWS.into_iter().enumerate() {
+            options["takeover"] = if (i + j) % 2 == 0 { "start" } else { "both" }.into();
+            let what = format!("start, {point} {blow:?}, takeover {}", options["takeover"]);
+            blow.strike(&pair, point, || any_end(&what, migration.try_start(&writers::mapping(), &options)));
+            // The old state (nothing was started, nothing is left) or the new one (it goes on by itself).
+            match at_rest(&pair, &what).as_str() {
+                "none" | "cancelled" => {
+                    assert_eq!((traces(&pair.first), traces(&pair.second)), (vec![], vec![]), "{what}")
+                }
+                "copying" | "first" => migration.cancel(),
+                other => panic!("{what}: the state is {other}"),
+            }
+            pair.second.sql("TRUNCATE rail.path, ledger.entry");
+        }
+    }
+    for point in steps::UNDO {
+        for blow in BLOWS {
+            let what = format!("start in vain, {point} {blow:?}");
+            let mut in_the_way = pair.first.connect_soon();
+            let mut transaction = in_the_way.transaction().expect("a transaction");
+            transaction.batch_execute("INSERT INTO trail VALUES (99, '')").expect("an insert");
+            blow.strike(&pair, point, || {
+                let call = "SELECT migration_start($1, $2::jsonb, $3::jsonb, '500 milliseconds')::text";
+                let mut client = pair.first.connect_soon();
+                let result = client.query_one(call, &[&NAME, &writers::mapping(), &options]);
+                any_end(&what, result.map(|row| row.get(0)));
+            });
+            assert!(matches!(at_rest(&pair, &what).as_str(), "none" | "cancelled"), "{what}: it has started");
+            assert_eq!((traces(&pair.first), traces(&pair.second)), (vec![], vec![]), "{what}");
+        }
+    }
+    migration.try_start(&writers::mapping(), &options).unwrap_or_else(|e| panic!("{}", explain(&e)));
+    migration.until_state("first");
+    writers.until_busy();
+    writers.check(&pair, &migration, "");
+    migration.cancel();
+    before.assert_again(&pair);
+}
+
+#[test]
+fn copies() {
+    let pair = writers::pair(5000);
+    let before = Untouched::of(&pair);
+    let writers = Writers::start(&pair);
+    let migration = Migration::named(&pair, NAME);
+    let options = json!({"chunk_rows": 50, "copy_workers": 2, "copy_rate": 400});
+    migration.try_start(&writers::mapping(), &options).unwrap_or_else(|e| panic!("{}", explain(&e)));
+    for blow in BLOWS {
+        for point in steps::COPY {
+            println!("copying, {point} {blow:?}");
+            blow.strike(&pair, point, || {});
+            assert_eq!(migration.state(), "copying");
             writers.until_busy();
         }
     }
-    writers.check(&pair, &migration, "__first");
-
-    migration.set_state("second");
-    let writers = Writers::start(&pair, &[Door::second_view(&pair)]);
-    for point in ["cycle:read", "cycle:flushed", "cycle:first-written", "cycle:first-committed"] {
-        println!("second, {point} kill");
-        pair.first.fault(&format!("{point} kill"));
-        struck(&pair, point);
+    requests(&pair, &migration);
+    assert_eq!(migration.state(), "copying");
+    pair.first.sql("UPDATE crossover.migration SET options = '{\"chunk_rows\": 500, \"copy_workers\": 2}'");
+    let mut ends = steps::END_OF_COPY.iter().flat_map(|point| BLOWS.map(|blow| (point, blow)));
+    let (point, blow) = ends.next().expect("an end");
+    println!("copying, {point} {blow:?}");
+    blow.strike(&pair, point, || {});
+    migration.until_state("first");
+    until_replicated(&pair, "first");
+    // From here on it copies again and again.
+    for (point, blow) in ends.chain(steps::COPY_AGAIN.iter().flat_map(|point| BLOWS.map(|blow| (point, blow)))) {
+        let what = format!("copying again, {point} {blow:?}");
+        blow.strike(&pair, point, || any_end(&what, migration.try_set_state("copying", SOON)));
+        migration.until_state("first");
+        until_replicated(&pair, "first");
         writers.until_busy();
     }
-    writers.check(&pair, &migration, "__first");
-    migration.finish();
+    writers.check(&pair, &migration, "");
+    migration.cancel();
+    before.assert_again(&pair);
 }
 
-/// The phases of a migration that has nothing half done.
-fn is_at_rest(phase: &str) -> bool {
-    !matches!(phase, "switching" | "fence pending" | "setting up" | "finishing" | "cancelling")
+/// Strikes at the steps of a request, whatever it is, in the present state.
+fn requests(pair: &Pair, migration: &Migration) {
+    for point in steps::REQUEST {
+        println!("{}, {point}", migration.state());
+        Blow::Kill.strike(pair, point, || {
+            let mut client = pair.first.connect_soon();
+            let result = client.query_one("SELECT migration_pause($1)::text", &[&NAME]);
+            any_end("pause", result.map(|row| row.get(0)));
+        });
+        migration.call("resume");
+    }
 }
 
-/// Asks for `to` with a fault armed, or whatever `disturb` does instead, then insists on `to`.
-fn arrive(pair: &Pair, migration: &Migration, from: &str, to: &str, what: &str) {
-    let status = migration.until_status("is at rest again", |status| is_at_rest(&status.phase()));
-    let state = status.state();
+/// A trigger that was off for a while, although nobody wrote meanwhile: capture is renewed.
+fn off_and_on(table: &str) -> String {
+    let trigger = "crossover_capture_delete";
+    format!("ALTER TABLE {table} DISABLE TRIGGER {trigger}; ALTER TABLE {table} ENABLE ALWAYS TRIGGER {trigger}")
+}
+
+#[test]
+fn cycles() {
+    let pair = writers::pair(500);
+    let before = Untouched::of(&pair);
+    let migration = Migration::start_with(&pair, NAME, &writers::mapping(), &json!({}));
+    migration.until_state("first");
+    for (state, points) in [("first", steps::FIRST), ("both", steps::BOTH), ("second", steps::SECOND)] {
+        migration.set_state(state);
+        let writers = Writers::start_in(&pair, state);
+        for point in points {
+            for blow in BLOWS {
+                println!("{state}, {point} {blow:?}");
+                blow.strike(&pair, point, || match *point {
+                    // It rotates at its start, then every ten seconds.
+                    "rotate:first" => pair.first.sql(&format!("SELECT pg_terminate_backend({})", migration.worker())),
+                    "capture:renewed" if state == "first" => pair.first.sql(&off_and_on("journal")),
+                    "capture:renewed" => pair.second.sql(&off_and_on("ledger.entry")),
+                    _ => {}
+                });
+                writers.until_busy();
+                until_replicated(&pair, state);
+            }
+        }
+        requests(&pair, &migration);
+        for point in steps::RESTART {
+            for blow in BLOWS {
+                // After an error it takes ten seconds, in each state the same.
+                if blow == Blow::Error && state != "second" {
+                    continue;
+                }
+                println!("{state}, {point} {blow:?}");
+                blow.strike(&pair, point, || pair.first.restart(Stop::Fast));
+                writers.until_busy();
+                until_replicated(&pair, state);
+            }
+        }
+        writers.check(&pair, &migration, if state == "first" { "" } else { "__first" });
+    }
+    migration.walk(&["both", "first"]);
+    migration.cancel();
+    before.assert_again(&pair);
+}
+
+/// Moves the migration to `to`, with a blow at `point` on the way; whether it came to that point.
+fn strike_a_switch(pair: &Pair, migration: &Migration, to: &str, point: &str, blow: Blow) {
+    let from = migration.state();
+    let what = format!("{from} to {to}, {point} {blow:?}");
+    blow.strike(pair, point, || any_end(&what, migration.try_set_state(to, SOON)));
+    let state = at_rest(pair, &what);
     assert!(state == from || state == to, "{what}: between {from} and {to} it is {state}");
     if state == from {
         migration.set_state(to);
     }
-    assert!(!pair.first.fault_is_armed(), "{what}: the fault is still armed");
+}
+
+fn switches(blows: &[Blow]) {
+    let pair = writers::pair(500);
+    let before = Untouched::of(&pair);
+    let migration = Migration::start_with(&pair, NAME, &writers::mapping(), &json!({}));
+    migration.until_state("first");
+    let writers = Writers::start(&pair);
+    for blow in blows {
+        for (open, point) in steps::OPEN.iter().zip(steps::MOVE) {
+            for (to, point) in [("both", open), ("second", point), ("both", point), ("first", point)] {
+                strike_a_switch(&pair, &migration, to, point, *blow);
+                writers.until_busy();
+                until_replicated(&pair, to);
+            }
+        }
+    }
+    writers.check(&pair, &migration, "__first");
+    migration.cancel();
+    before.assert_again(&pair);
 }
 
 #[test]
-fn switches() {
-    let pair = pair();
-    let migration = Migration::start_with(&pair, "rail", &mapping(), &options());
+fn switches_killed() {
+    switches(&[Blow::Kill]);
+}
+
+#[test]
+fn switches_without_the_second_server() {
+    switches(&[Blow::SecondServer, Blow::Error]);
+}
+
+#[test]
+fn conflicts_of_a_switch() {
+    let pair = writers::pair(500);
+    let migration = Migration::start_with(&pair, NAME, &writers::mapping(), &json!({}));
     migration.until_state("first");
-    let writers = Writers::start(&pair, &[]);
-    let points =
-        ["switch:begin", "switch:locked", "switch:drained", "switch:first-committed", "switch:second-committed"];
-    let mut reached = BTreeSet::new();
-    for point in points {
-        for to in ["both", "second", "both", "first"] {
-            let from = migration.state();
-            let what = format!("{from} to {to}, {point}");
-            pair.first.fault(&format!("{point} kill"));
-            match migration.try_set_state(to, SOON) {
-                // This direction does not pass the point, or dies there after its answer.
-                Ok(_) => println!("{what}: it answered"),
-                Err(e) if is_disconnect(&e) => println!("{what}: it died"),
-                Err(e) => panic!("{what}: {}", explain(&e)),
-            }
-            if !pair.first.disarm() {
-                reached.insert(point);
-            }
-            arrive(&pair, &migration, &from, to, &what);
-            writers.until_busy();
+    pair.first.sql("INSERT INTO trail VALUES (99, '')");
+    let mut tokens = 0;
+    for point in steps::CONFLICT {
+        for blow in BLOWS {
+            migration.set_state("both");
+            // Both stores change a row between the last cycle and the switch's locks: the switch records the conflict on second.
+            pair.first.fault("switch:begin stop");
+            thread::scope(|scope| {
+                let operator = scope.spawn(|| migration.try_set_state("second", SOON));
+                let held = until_some("the switch is held", SOON, || held_process(&pair.first));
+                tokens += 1;
+                pair.first.sql(&format!("UPDATE trail SET trail = 'first {tokens}' WHERE id = 99"));
+                pair.second.sql(&format!("UPDATE rail.path SET path = '<second {tokens}>' WHERE ident = 99"));
+                blow.strike(&pair, point, || {
+                    process::signal(held, process::CONTINUE);
+                });
+                any_end("second", operator.join().expect("the operator"));
+            });
+            migration.settle();
+            let images = |c: &serde_json::Value| format!("{} {}", c["first_image"], c["second_image"]);
+            let ours = |c: &serde_json::Value| {
+                images(c).contains(&format!("first {tokens}")) && images(c).contains(&format!("second {tokens}"))
+            };
+            until(&format!("the conflict is known, {point} {blow:?}"), SOON, || migration.conflicts().iter().any(ours));
+            assert_eq!(migration.conflicts().iter().filter(|c| ours(c)).count(), 1, "{point} {blow:?}");
+            assert_eq!(at_rest(&pair, "the switch"), "second");
         }
     }
-    assert_eq!(reached.len(), points.len(), "no switch passes some of the points: {reached:?}");
-    writers.check(&pair, &migration, "__first");
-    migration.walk(&["both", "second"]);
     migration.finish();
+}
+
+/// A migration that has gone through the states of `path`.
+fn arrived<'a>(pair: &'a Pair, path: &[&str]) -> Migration<'a> {
+    let migration = Migration::start_with(pair, NAME, &writers::mapping(), &json!({}));
+    migration.until_state("first");
+    migration.walk(path);
+    migration
+}
+
+/// Ends the migration by `call`, with a blow at `point` on the way.
+fn strike_an_end(pair: &Pair, migration: &Migration, point: &str, blow: Blow, call: &str) {
+    let what = format!("{call}, {point} {blow:?}");
+    let end = || pair.first.connect_soon().query_one(call, &[&NAME]).map(|row| row.get::<_, String>(0));
+    blow.strike(pair, point, || any_end(&what, end()));
+    let state = migration
+        .until_status("has ended, or not", |status| status.phase() == "done" || status.phase() == "replicating");
+    if state.phase() != "done" {
+        // The old state: nothing has changed, and it can be ended.
+        end().unwrap_or_else(|e| panic!("{what}, again: {}", explain(&e)));
+    }
+    migration.until_status(&format!("has ended ({what})"), |status| status.phase() == "done");
+}
+
+#[test]
+fn cancels() {
+    let pair = writers::pair(200);
+    let before = Untouched::of(&pair);
+    let writers = Writers::start(&pair);
+    for (i, point) in steps::CANCEL.iter().enumerate() {
+        for (j, blow) in BLOWS.into_iter().enumerate() {
+            // Before and after it was taken over, in turn.
+            let path: &[&str] = if (i + j) % 2 == 0 { &["both", "first"] } else { &[] };
+            strike_an_end(&pair, &arrived(&pair, path), point, blow, "SELECT migration_cancel($1)::text");
+            writers.until_busy();
+            before.assert_no_trace(&pair);
+            pair.second.sql("TRUNCATE rail.path, ledger.entry");
+        }
+    }
+    writers.check_first(&pair);
+    before.assert_again(&pair);
+}
+
+#[test]
+fn finishes() {
+    let pair = writers::pair(200);
+    for point in steps::FINISH {
+        for blow in BLOWS {
+            let before = Untouched::of(&pair);
+            let writers = Writers::start(&pair);
+            let migration = arrived(&pair, &["both", "second"]);
+            strike_an_end(&pair, &migration, point, blow, "SELECT migration_finish($1)::text");
+            writers.until_busy();
+            writers.check_second(&pair);
+            before.assert_second_again(&pair);
+            writers::begin_anew(&pair);
+        }
+    }
 }
 
 /// How the backend that waits for a switch may go.
@@ -227,11 +448,11 @@ enum Gone {
 
 #[test]
 fn the_backend_that_waits_for_a_switch() {
-    let pair = pair();
-    let migration = Migration::start_with(&pair, "rail", &mapping(), &options());
+    let pair = writers::pair(500);
+    let migration = Migration::start_with(&pair, NAME, &writers::mapping(), &json!({}));
     migration.until_state("first");
-    pair.first.sql("INSERT INTO trail VALUES (99, '0.0.0;')");
-    let writers = Writers::start(&pair, &[]);
+    pair.first.sql("INSERT INTO trail VALUES (99, '')");
+    let writers = Writers::start(&pair);
     for gone in [Gone::Cancelled, Gone::Terminated, Gone::Killed] {
         for to in ["both", "second", "both", "first"] {
             let from = migration.state();
@@ -241,8 +462,8 @@ fn the_backend_that_waits_for_a_switch() {
             let mut transaction = in_the_way.transaction().expect("a transaction");
             // A switch to `first` takes writers from the second store only.
             let write = match to {
-                "first" => "UPDATE path SET path = path || '0.0.0;' WHERE ident = 99",
-                _ => "UPDATE trail SET trail = trail || '0.0.0;' WHERE id = 99",
+                "first" => "UPDATE path SET path = path || 'x' WHERE ident = 99",
+                _ => "UPDATE trail SET trail = trail || 'x' WHERE id = 99",
             };
             transaction.execute(write, &[]).expect("an update");
             let mut operator = pair.first.connect();
@@ -262,7 +483,11 @@ fn the_backend_that_waits_for_a_switch() {
                 (Gone::Killed, _) => {}
                 (_, result) => result.unwrap_or_else(|e| panic!("{what}: {}", explain(&e))),
             }
-            arrive(&pair, &migration, &from, to, &what);
+            let state = at_rest(&pair, &what);
+            assert!(state == from || state == to, "{what}: between {from} and {to} it is {state}");
+            if state == from {
+                migration.set_state(to);
+            }
             writers.until_busy();
         }
     }
@@ -271,36 +496,25 @@ fn the_backend_that_waits_for_a_switch() {
 }
 
 #[test]
-fn finish_and_cancel() {
-    let pair = pair();
-    let before = (pair.first.pg_dump_schema("app"), pair.second.pg_dump_schema("app"));
-    let end = |verb: &str, state: &str| {
-        let migration = Migration::named(&pair, "rail");
-        let point = format!("{verb}:committed");
-        pair.first.fault(&format!("{point} kill"));
-        match migration.try_end(verb) {
-            Ok(_) => {}
-            Err(e) if is_disconnect(&e) => {}
-            Err(e) => panic!("{point}: {}", explain(&e)),
-        }
-        struck(&pair, &point);
-        migration.until_status(&format!("is {state} and done"), |s| s.state() == state && s.phase() == "done");
-    };
-    for path in [&[] as &[&str], &["both", "first"]] {
-        let migration = Migration::start_with(&pair, "rail", &mapping(), &options());
+fn finishes_that_drop_the_first_tables() {
+    let pair = Pair::new();
+    pair.expect_crashes();
+    tokens::create(&pair);
+    for point in steps::FINISH {
+        pair.first.sql("INSERT INTO trail VALUES (1, 'one')");
+        let before = Untouched::of(&pair);
+        let migration = Migration::start(&pair, NAME, &json!({"tables": [tokens::mapping()]}));
         migration.until_state("first");
-        migration.walk(path);
-        end("cancel", "cancelled");
-        assert_same_dump("the first database", &before.0, &pair.first.pg_dump_schema("app"));
-        assert_same_dump("the second database", &before.1, &pair.second.pg_dump_schema("app"));
-        pair.second.sql("TRUNCATE rail.path, ledger.entry");
+        migration.walk(&["both", "second"]);
+        let call = "SELECT migration_finish($1, drop_first => true)::text";
+        strike_an_end(&pair, &migration, point, Blow::Kill, call);
+        before.assert_second_again(&pair);
+        assert_eq!(pair.first.list("SELECT relname FROM pg_class WHERE relname = 'trail__first'"), [""; 0]);
+        assert_eq!(pair.first.text("SELECT trail FROM trail").as_deref(), Some("one"));
+        pair.second.sql("TRUNCATE rail.path");
+        pair.first.sql(
+            "DROP VIEW path, trail, trail__write; DROP FUNCTION trail__write;
+             CREATE TABLE trail (id integer PRIMARY KEY, trail text NOT NULL)",
+        );
     }
-    let migration = Migration::start_with(&pair, "rail", &mapping(), &options());
-    migration.until_state("first");
-    let writers = Writers::start(&pair, &[]);
-    migration.walk(&["both", "second"]);
-    writers.check(&pair, &migration, "__first");
-    end("finish", "finished");
-    assert_eq!(traces(&pair.first), [""; 0]);
-    assert_same_dump("the second database", &before.1, &pair.second.pg_dump_schema("app"));
 }

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use super::{Assignment, assignment, connect, exit, my_database, start_migration};
 use crate::caller::Caller;
 use crate::error::{Error, Result};
+use crate::fault;
 use crate::lock::wait_latch;
 use crate::store::local::{LocalSession, catch};
 use crate::store::{Isolation, Session, parse};
@@ -152,6 +153,7 @@ pub extern "C-unwind" fn crossover_clerk_main(_arg: pg_sys::Datum) {
 
 fn file(request: &Request) -> Result<i64> {
     let mut session = LocalSession::new()?;
+    fault::point("clerk:begun")?;
     let until = Instant::now() + UNDONE_WITHIN;
     loop {
         session.begin(Isolation::ReadCommitted, &[])?;
@@ -176,21 +178,21 @@ fn file(request: &Request) -> Result<i64> {
             }
             let _whole = NoInterrupts::begin();
             session.commit()?;
-            if request.kind == "pause" {
-                cancel_work(&mut session, migration)?;
-            }
-            if request.start.is_some()
-                && let Err(e) = start_migration(Assignment {
+            let begun = fault::point("clerk:filed").and_then(|()| match request.kind.as_str() {
+                "pause" => cancel_work(&mut session, migration),
+                "start" => start_migration(Assignment {
                     database: my_database(),
                     role: pg_sys::Oid::from(owner),
                     number: migration as u32,
                 })
-            {
+                .map(drop),
+                _ => Ok(()),
+            });
+            if begun.is_err() && request.start.is_some() {
                 let id = migration.to_string();
                 session.write("DELETE FROM crossover.migration WHERE id = $1::text::int", &[Some(&id)])?;
-                return Err(e);
             }
-            Ok(id)
+            begun.map(|()| id)
         }
         Err(e) => {
             session.rollback();

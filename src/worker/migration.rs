@@ -15,6 +15,7 @@ use crate::copy;
 use crate::cycle::{self, Outcome};
 use crate::ending;
 use crate::error::{Error, Result, Side};
+use crate::fault;
 use crate::lock::{Patience, wait_latch};
 use crate::parked;
 use crate::resolve;
@@ -32,6 +33,8 @@ const MAX_BACKOFF: Duration = Duration::from_secs(5);
 /// How often parked rows are tried again, logs are emptied, figures are written.
 const PARKED_EVERY: Duration = Duration::from_secs(5);
 const ROTATE_EVERY: Duration = Duration::from_secs(10);
+/// How long one try to undo a start may wait for clients, pauses included.
+const UNDO_PATIENCE: Duration = Duration::from_secs(2);
 const FIGURES_EVERY: Duration = Duration::from_millis(500);
 /// How often the size of the change logs is looked at.
 const LOG_SIZE_EVERY: Duration = Duration::from_secs(1);
@@ -226,6 +229,8 @@ impl Worker {
             "SELECT id, caller_pid, caller_call FROM crossover.request WHERE migration_id = $1::text::int AND status = 'running'",
             &[Some(&id)],
         )?;
+        // A start may have left something on either server.
+        self.ctx.installing = !running.is_empty() && self.ctx.migration.phase == Phase::SettingUp;
         for row in running {
             let field = |i: usize| row[i].as_deref().unwrap_or("0");
             let caller = Caller { pid: parse(field(1))?, call: parse(field(2))? };
@@ -235,7 +240,8 @@ impl Worker {
                 &[Some(field(0)), kept],
             )?;
         }
-        if self.ctx.migration.phase != Phase::SettingUp {
+        // What has ended needs no tables; the first ones may be gone.
+        if !matches!(self.ctx.migration.phase, Phase::SettingUp | Phase::Finishing | Phase::Done) {
             self.ctx.load_tables()?;
         }
         Ok(())
@@ -434,9 +440,10 @@ impl Worker {
     /// Serves the oldest request, if there is one that can be served now.
     fn serve(&mut self) -> Result<Option<Next>> {
         let id = self.id();
+        // One that is running here was cut off by an error of this server's: every request can be repeated.
         let rows = self.ctx.first.session.read(
             "SELECT id, kind, arguments::text, who, caller_pid, extract(epoch FROM deadline - clock_timestamp()), caller_call FROM crossover.request \
-             WHERE migration_id = $1::text::int AND status = 'queued' ORDER BY kind = 'wait', id",
+             WHERE migration_id = $1::text::int AND status IN ('queued', 'running') ORDER BY kind = 'wait', id",
             &[Some(&id)],
         )?;
         for row in rows {
@@ -477,6 +484,7 @@ impl Worker {
                 "UPDATE crossover.request SET status = 'running' WHERE id = $1::text::bigint",
                 &[Some(&field(0))],
             )?;
+            fault::point("request:taken")?;
             self.serving = true;
             let result = wanted.and_then(|()| self.carry_out(&field(1), &arguments, &order));
             self.serving = false;
@@ -485,8 +493,14 @@ impl Worker {
             if matches!(result, Err(Error::Parked { .. })) {
                 parked::list(&mut self.ctx)?;
             }
+            fault::point("request:answering")?;
             let started = field(1) == "start";
             if started && result.is_err() {
+                // From here on it is undone, after a crash as well: nobody may be told that it failed, and find it running.
+                self.ctx.reload()?;
+                if self.ctx.migration.phase != Phase::SettingUp {
+                    switch::set_phase(&mut self.ctx, Phase::SettingUp)?;
+                }
                 // The answer first: the request goes with the migration.
                 self.answer(&field(0), &result)?;
                 await_reader(caller);
@@ -619,14 +633,20 @@ impl Worker {
     /// Removes what a failed start has installed, and the migration.
     fn undo_start(&mut self, after_restart: bool) -> Result<()> {
         self.ctx.rollback_all();
-        self.ctx.migration.phase = Phase::SettingUp;
-        if after_restart {
+        self.ctx.reload()?;
+        if setup::is_captured(&mut self.ctx)? {
+            self.ctx.load_tables()?;
+            let order = Order::by_worker(&self.ctx, UNDO_PATIENCE);
+            ending::undo_start(&mut self.ctx, &order)?;
+        } else if after_restart {
             // What was to be installed is described again.
             setup::describe(&mut self.ctx)?;
         }
         if after_restart || self.ctx.installing {
             setup::remove_first(&mut self.ctx)?;
+            fault::point("undo:first")?;
             setup::remove_second(&mut self.ctx, false)?;
+            fault::point("undo:second")?;
         }
         let id = self.id();
         self.write("DELETE FROM crossover.migration WHERE id = $1::text::int", &[Some(&id)])?;
@@ -719,6 +739,7 @@ impl Worker {
         if let Some(mark) = second.watermark()? {
             first.rotate_log(&mark.snapshot, retention)?;
         }
+        fault::point("rotate:first")?;
         first.session.begin(Isolation::ReadCommitted, &[])?;
         let mark = first.watermark();
         first.session.rollback();
