@@ -14,6 +14,8 @@ CREATE TABLE crossover.migration (
     phase      text NOT NULL,
     paused     boolean NOT NULL DEFAULT false,
     taken_over boolean NOT NULL DEFAULT false,
+    diverged   text,                      -- why no proof is left that each store has what the other says it has
+    lost       text,                      -- the store that has lost commits: first or second
     created_at timestamptz NOT NULL DEFAULT clock_timestamp()
 );
 COMMENT ON TABLE crossover.migration IS 'one row for each migration of this database, ended ones included until their name is used again';

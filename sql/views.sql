@@ -9,15 +9,20 @@ CREATE VIEW migration_status AS
 SELECT m.name, m.state::migration_state AS state,
        CASE WHEN m.phase IN ('replicating', 'fence pending') AND EXISTS (
                 SELECT FROM crossover.request r WHERE r.migration_id = m.id AND r.kind = 'set_state' AND r.status = 'running')
-            THEN 'switching' ELSE m.phase END AS phase, m.paused,
+            THEN 'switching'
+            WHEN m.diverged IS NOT NULL AND m.phase <> 'reconciling' THEN 'diverged' ELSE m.phase END AS phase, m.paused,
        a.backlog_rows,
        round(extract(epoch FROM clock_timestamp() - a.backlog_since), 1) AS backlog_seconds,
        a.log_bytes, a.last_error, a.last_error_at,
-       CASE WHEN m.paused THEN 'migration_resume' ELSE a.waiting_for END AS waiting_for,
+       CASE WHEN m.paused THEN 'migration_resume' WHEN m.diverged IS NOT NULL AND m.phase <> 'reconciling' THEN 'migration_set_state' ELSE a.waiting_for END AS waiting_for,
        CASE WHEN m.state IN ('finished', 'cancelled') AND m.phase = 'done' THEN NULL
             ELSE nullif(concat_ws(' ',
                 CASE WHEN a.worker_pid IS NULL OR NOT EXISTS (SELECT FROM pg_catalog.pg_stat_activity p WHERE p.pid = a.worker_pid AND p.backend_type = 'pg_crossover migration')
                      THEN pg_catalog.concat('No worker is running: ', coalesce(crossover.why_no_worker(), 'it is started again within seconds, or the server log says why not.')) END,
+                CASE WHEN m.diverged IS NOT NULL THEN pg_catalog.format(
+                     'The stores have diverged. %s Nothing is replicated and no store is newly exposed. To %s: migration_set_state(%L, %L, force => true)%s.',
+                     m.diverged, CASE m.state WHEN 'copying' THEN 'copy all rows again' ELSE 'compare all rows' END, m.name, m.state,
+                     CASE m.state WHEN 'first' THEN pg_catalog.format('; to copy them again: migration_set_state(%L, %L)', m.name, 'copying') END) END,
                 CASE WHEN m.phase = 'capture dropped' THEN 'No change is captured; all rows will be copied again as soon as the second server can be reached.' END,
                 CASE WHEN a.parked > 0 THEN 'Rows are parked: see migration_conflicts.' END,
                 CASE WHEN a.log_bytes >= a.log_limit / 2 AND m.phase <> 'capture dropped' THEN pg_catalog.format(

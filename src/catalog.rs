@@ -2,7 +2,7 @@
 //!
 //! Reads and writes single rows in the caller's transaction; takes no locks of its own.
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, Side};
 use crate::mapping::constraint::{Constraints, Reference, Unique};
 use crate::mapping::ident::{Ident, RelName};
 use crate::mapping::model::Options;
@@ -10,6 +10,14 @@ use crate::mapping::table::{Column, Table};
 use crate::mapping::text::array_literal;
 use crate::state::{Phase, State};
 use crate::store::{Row, Session, parse};
+
+/// A server came back from before a point that had been replicated.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Divergence {
+    /// The store that has lost commits.
+    pub lost: Side,
+    pub detail: String,
+}
 
 /// One row of `crossover.migration`.
 #[derive(Debug, Clone)]
@@ -27,14 +35,16 @@ pub struct Migration {
     pub phase: Phase,
     pub paused: bool,
     pub taken_over: bool,
+    /// Phase `diverged`.
+    pub diverged: Option<Divergence>,
 }
 
 impl Migration {
     /// The migration with this id; None when it is gone.
     pub fn load<S: Session>(session: &mut S, id: i32) -> Result<Option<Migration>> {
         let rows = session.admin_query(
-            "SELECT id, name, tag, owner::int8, coalesce((SELECT rolname::text FROM pg_roles r WHERE r.oid = owner), ''), server_id::int8, mapping, options, state, phase, paused, taken_over, coalesce((SELECT rolsuper FROM pg_roles r WHERE r.oid = owner), false) \
-             FROM crossover.migration WHERE id = $1::text::int",
+            "SELECT id, name, tag, owner::int8, coalesce((SELECT rolname::text FROM pg_roles r WHERE r.oid = owner), ''), server_id::int8, mapping, options, state, phase, paused, taken_over, coalesce((SELECT rolsuper FROM pg_roles r WHERE r.oid = owner), false), \
+             diverged, lost FROM crossover.migration WHERE id = $1::text::int",
             &[Some(&id.to_string())],
         )?;
         let Some(row) = rows.into_iter().next() else { return Ok(None) };
@@ -53,20 +63,27 @@ impl Migration {
             paused: field(10) == "t",
             taken_over: field(11) == "t",
             owner_is_superuser: field(12) == "t",
+            diverged: row[13].clone().map(|detail| Divergence {
+                lost: if field(14) == "second" { Side::Second } else { Side::First },
+                detail,
+            }),
         }))
     }
 
-    /// Writes state, phase and takeover back, in the caller's transaction.
+    /// Writes state, phase, takeover and divergence back, in the caller's transaction.
     pub fn store<S: Session>(&self, session: &mut S) -> Result<()> {
         session
             .admin_execute(
-                "UPDATE crossover.migration SET state = $2::text, phase = $3::text, taken_over = $4::text::boolean, server_id = $5::text::oid WHERE id = $1::text::int",
+                "UPDATE crossover.migration SET state = $2::text, phase = $3::text, taken_over = $4::text::boolean, server_id = $5::text::oid, \
+                 diverged = $6::text, lost = $7::text WHERE id = $1::text::int",
                 &[
                     Some(&self.id.to_string()),
                     Some(self.state.as_str()),
                     Some(self.phase.as_str()),
                     Some(if self.taken_over { "t" } else { "f" }),
                     Some(&self.server_id.to_string()),
+                    self.diverged.as_ref().map(|d| d.detail.as_str()),
+                    self.diverged.as_ref().map(|d| d.lost.to_string()).as_deref(),
                 ],
             )
             .map(drop)
@@ -322,11 +339,12 @@ pub struct Move<'a> {
     pub drained: Option<i64>,
     /// Why, where nobody asked for it.
     pub reason: Option<&'a str>,
+    pub forced: bool,
 }
 
 impl<'a> Move<'a> {
     pub fn new(name: &'a str, who: &'a str, from: Option<State>, to: State) -> Self {
-        Move { name, who, from, to, pause_ms: None, drained: None, reason: None }
+        Move { name, who, from, to, pause_ms: None, drained: None, reason: None, forced: false }
     }
 }
 
@@ -335,8 +353,8 @@ pub fn record_history<S: Session>(session: &mut S, made: &Move) -> Result<()> {
     let (pause, drained) = (made.pause_ms.map(|p| format!("{p:.1}")), made.drained.map(|d| d.to_string()));
     session
         .admin_execute(
-            "INSERT INTO crossover.history (name, who, from_state, to_state, pause_ms, rows_drained, reason) \
-             VALUES ($1::text, $2::text, $3::text, $4::text, $5::text::numeric, $6::text::bigint, $7::text)",
+            "INSERT INTO crossover.history (name, who, from_state, to_state, pause_ms, rows_drained, reason, forced) \
+             VALUES ($1::text, $2::text, $3::text, $4::text, $5::text::numeric, $6::text::bigint, $7::text, $8::text::boolean)",
             &[
                 Some(made.name),
                 Some(made.who),
@@ -345,6 +363,7 @@ pub fn record_history<S: Session>(session: &mut S, made: &Move) -> Result<()> {
                 pause.as_deref(),
                 drained.as_deref(),
                 made.reason,
+                Some(if made.forced { "t" } else { "f" }),
             ],
         )
         .map(drop)

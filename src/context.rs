@@ -26,6 +26,8 @@ pub struct Context {
     pub stubborn_second: Vec<usize>,
     /// Set-up has begun to install: its undoing has something to remove.
     pub installing: bool,
+    /// Nothing that has been replicated was lost before this connection was made ([`crate::divergence`]).
+    pub verified: bool,
     /// When the stores' constraints were read; None: they have to be.
     constraints_at: Option<Instant>,
 }
@@ -57,6 +59,7 @@ impl Context {
             remote: Vec::new(),
             stubborn_second: Vec::new(),
             installing: false,
+            verified: false,
             constraints_at: None,
         }))
     }
@@ -154,6 +157,7 @@ impl Context {
             self.remote = remote;
         }
         self.second = Some(second);
+        self.verified = false;
         self.constraints_at = None;
         self.refresh_second();
         Ok(())

@@ -16,6 +16,7 @@ use self::plan::Plan;
 use self::write::{BATCH, Writer};
 use crate::catalog::Migration;
 use crate::context::{Context, FirstStore, SecondStore};
+use crate::divergence;
 use crate::error::{Error, Result, Side};
 use crate::fault;
 use crate::mapping::model::Policy;
@@ -56,7 +57,7 @@ impl Directions {
 
     pub fn of(migration: &Migration) -> Directions {
         match migration.phase {
-            Phase::FencePending => return Directions::BOTH,
+            Phase::FencePending | Phase::Reconciling => return Directions::BOTH,
             Phase::CatchingUp => return Directions { forward: true, backward: false },
             _ => {}
         }
@@ -70,9 +71,13 @@ impl Directions {
 /// Whatever a server reports; nothing is half done, and the next cycle repeats what is missing.
 pub fn run(ctx: &mut Context, retry_parked: bool) -> Result<Outcome> {
     ctx.connect()?;
+    divergence::guard(ctx)?;
     ctx.refresh_constraints()?;
     let directions = Directions::of(&ctx.migration);
-    let (name, policy) = (ctx.migration.name.clone(), ctx.migration.options.conflicts);
+    let name = ctx.migration.name.clone();
+    // Rows that one server has lost are no wish of a client's.
+    let reconciling = ctx.migration.phase == Phase::Reconciling;
+    let policy = if reconciling { Policy::Latest } else { ctx.migration.options.conflicts };
     let fence = ctx.migration.options.fence;
     let Context { pairs, first, second, .. } = ctx;
     let second = second.as_mut().ok_or_else(|| Error::internal("not connected"))?;
@@ -96,8 +101,8 @@ pub fn run(ctx: &mut Context, retry_parked: bool) -> Result<Outcome> {
     result.map_err(|e| {
         ctx.rollback_all();
         match e {
-            Error::Diverged { detail, .. } => Error::Diverged { name, detail },
-            e => e,
+            Error::NotCaptured { detail, .. } => Error::NotCaptured { name, detail },
+            e => divergence::met(ctx, e),
         }
     })
 }
@@ -115,7 +120,7 @@ pub fn look_after_capture(ctx: &mut Context) -> Result<()> {
             Err(e) if e.is_contention() => Ok(()),
             other => other,
         },
-        Err(Error::Diverged { detail, .. }) => Err(Error::Diverged { name: ctx.migration.name.clone(), detail }),
+        Err(Error::NotCaptured { detail, .. }) => Err(Error::NotCaptured { name: ctx.migration.name.clone(), detail }),
         other => other,
     }
 }
@@ -158,7 +163,7 @@ impl Incoming {
 /// Reads what `destination` has not seen of `source` yet, in the transactions that both are in.
 ///
 /// # Errors
-/// `Error::Diverged` when the source has lost changes that the watermark covers.
+/// `Error::Lost` when the source has lost changes that the watermark covers.
 pub fn incoming<A: Session, B: Session>(
     source: &mut Store<A>,
     destination: &mut Store<B>,
@@ -168,14 +173,8 @@ pub fn incoming<A: Session, B: Session>(
     let owed = destination.owed()?;
     let counter = source.counter()?;
     if counter < watermark.counter {
-        return Err(Error::Diverged {
-            name: String::new(),
-            detail: format!(
-                "The {} store stands at counter {counter}, but changes up to counter {} have been replicated from it: it has lost some.",
-                source.side(),
-                watermark.counter
-            ),
-        });
+        let detail = divergence::lower_counter(source.side(), counter, watermark.counter);
+        return Err(Error::Lost { side: source.side(), detail });
     }
     let mut changes = source.changes(&watermark.snapshot)?;
     for (table, owed) in changes.iter_mut().zip(&owed) {

@@ -100,7 +100,12 @@ pub enum Error {
     #[error("the backlog of migration \"{name}\" cannot be applied within the timeout")]
     Backlog { name: String, detail: String },
     #[error("the stores of migration \"{name}\" have diverged")]
-    Diverged { name: String, detail: String },
+    Diverged { name: String, state: State, detail: String },
+    /// A store has lost commits; [`crate::divergence`] makes it [`Error::Diverged`].
+    #[error("the {side} store has lost commits")]
+    Lost { side: Side, detail: String },
+    #[error("changes of migration \"{name}\" are not captured")]
+    NotCaptured { name: String, detail: String },
     #[error("pg_crossover is not loaded by shared_preload_libraries")]
     NotPreloaded,
     #[error("conflict {conflict} does not exist")]
@@ -150,7 +155,9 @@ impl Error {
             Error::RemoteTimeout => "08006".into(),
             Error::PasswordRequired => "2F003".into(),
             Error::Transition { .. } | Error::WrongState { .. } | Error::Parked { .. } => "55000".into(),
-            Error::Diverged { .. } | Error::NotPreloaded => "55000".into(),
+            Error::Diverged { .. } | Error::Lost { .. } | Error::NotCaptured { .. } | Error::NotPreloaded => {
+                "55000".into()
+            }
             Error::StillParked { .. } => "55000".into(),
             Error::UnknownMigration { .. } | Error::UnknownConflict { .. } => "42704".into(),
             Error::NameTaken { .. } => "42710".into(),
@@ -186,6 +193,8 @@ impl Error {
             Error::Timeout { detail, .. }
             | Error::Backlog { detail, .. }
             | Error::Diverged { detail, .. }
+            | Error::Lost { detail, .. }
+            | Error::NotCaptured { detail, .. }
             | Error::StillParked { detail, .. } => Some(detail.clone()),
             _ => None,
         }
@@ -238,7 +247,12 @@ impl Error {
             Error::ReadOnly { .. } => {
                 "Call it in a transaction that is READ WRITE; see default_transaction_read_only for what new ones are.".into()
             }
-            Error::Diverged { .. } => "No store is newly exposed until the stores have been compared and repaired.".into(),
+            Error::Diverged { name, state, .. } => format!(
+                "No store is newly exposed until all rows have been {}: migration_set_state('{}', '{state}', force => true).",
+                if *state == State::Copying { "copied again" } else { "compared" },
+                name.replace('\'', "''")
+            ),
+            Error::NotCaptured { .. } => "Replication goes on when all changes are captured again.".into(),
             _ => return None,
         };
         Some(hint)

@@ -49,6 +49,8 @@ pub const POINTS: &[&str] = &[
     "resync:dropped",
     "resync:emptied",
     "resync:begun",
+    "reconcile:first",
+    "reconcile:second",
 ];
 
 /// Passes the point `name`, one of [`POINTS`], unless a fault is armed there.

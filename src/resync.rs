@@ -10,9 +10,11 @@ use pgrx::pg_sys;
 
 use crate::context::Context;
 use crate::copy::PATIENCE;
+use crate::divergence;
 use crate::error::{Error, Result};
 use crate::fault;
 use crate::mapping::sql::LOG_RING;
+use crate::setup;
 use crate::state::{By, Phase, State};
 use crate::store::Session;
 use crate::switch::{Order, Pause, commit_state, in_attempts, lock_first};
@@ -31,7 +33,11 @@ pub fn drop_capture(ctx: &mut Context, order: &Order) -> Result<()> {
         let first = &mut ctx.first;
         first.enable_capture(false)?;
         let logs: Vec<String> = (0..LOG_RING).map(|i| first.objects.log_ring(i).to_string()).collect();
-        first.session.admin_batch(&format!("TRUNCATE {}", logs.join(", ")))?;
+        let seen = first.snapshot()?;
+        first.remember_cut(&seen)?;
+        // What the second store's clients have done does not matter any more, nor whether it has been lost.
+        first.session.admin_batch(&format!("TRUNCATE {}; DELETE FROM {}", logs.join(", "), first.objects.mark()))?;
+        ctx.migration.diverged = None;
         forget_progress(ctx)?;
         ctx.first.session.admin_execute(
             "UPDATE crossover.activity SET log_bytes = 0, backlog_rows = 0, backlog_since = NULL WHERE migration_id = $1::text::int",
@@ -48,6 +54,10 @@ pub fn begin(ctx: &mut Context) -> Result<bool> {
         return Ok(false);
     }
     ctx.connect()?;
+    if !divergence::is_installed(ctx.stores()?.1)? {
+        let fence = ctx.migration.options.fence;
+        setup::install_second(ctx, false, fence)?;
+    }
     empty_second(ctx)?;
     fault::point("resync:emptied")?;
     let order = Order::by_worker(ctx, LOCK_PATIENCE);

@@ -27,7 +27,8 @@ pub fn run(ctx: &mut Context, patience: Patience, who: &str, caller_pid: i32) ->
     ctx.installing = true;
     remove_second(ctx, true)?;
     remove_first(ctx)?;
-    install_second(ctx)?;
+    let (truncate, fence) = (ctx.migration.options.target == Target::Truncate, ctx.migration.options.fence);
+    install_second(ctx, truncate, fence)?;
     fault::point("start:peer")?;
     install_first(ctx, patience, who, caller_pid)?;
     fault::point("start:capture")?;
@@ -67,15 +68,14 @@ pub fn describe(ctx: &mut Context) -> Result<Vec<Problem>> {
     Ok(problems)
 }
 
-fn install_second(ctx: &mut Context) -> Result<()> {
+/// Installs replication on the second server, in a transaction of its own.
+pub fn install_second(ctx: &mut Context, truncate: bool, fence: bool) -> Result<()> {
     let (_, second) = ctx.stores()?;
     let objects = second.objects.clone();
     second.session.set_deadline(Some(Instant::now() + std::time::Duration::from_secs(30)));
     peer::begin_in_schema(&mut second.session, objects.schema())?;
     second.session.batch(&objects.install(settings::log_rotation()))?;
     second.install_capture()?;
-    let (fence, truncate) = (ctx.migration.options.fence, ctx.migration.options.target == Target::Truncate);
-    let (_, second) = ctx.stores()?;
     if truncate {
         let rels: Vec<String> = second.tables.iter().map(|t| t.rel.to_string()).collect();
         second.session.batch(&format!("TRUNCATE {}", rels.join(", ")))?;
@@ -151,9 +151,8 @@ fn install_first_locked(ctx: &mut Context, who: &str) -> Result<()> {
 pub fn ensure_watermark(ctx: &mut Context) -> Result<()> {
     let (first, second) = ctx.stores()?;
     if second.watermark()?.is_none() {
-        let counter = first.flush()?;
         let snapshot = begin_snapshot(first)?;
-        first.flush()?;
+        let counter = first.flush()?;
         second.session.begin(Isolation::ReadCommitted, &[])?;
         second.set_watermark(&Watermark { snapshot, counter })?;
         second.session.commit()?;

@@ -121,9 +121,10 @@ pub enum Phase {
     Switching,
     /// `first`, while the second store is not fenced yet (again): replication runs as in `both`.
     FencePending,
+    /// After a server had lost commits: all rows of both stores are compared, and replication runs as in `both`.
+    Reconciling,
     Finishing,
     Cancelling,
-    Diverged,
     Done,
 }
 
@@ -136,9 +137,9 @@ impl Phase {
         Phase::Replicating,
         Phase::Switching,
         Phase::FencePending,
+        Phase::Reconciling,
         Phase::Finishing,
         Phase::Cancelling,
-        Phase::Diverged,
         Phase::Done,
     ];
 
@@ -151,9 +152,9 @@ impl Phase {
             Phase::Replicating => "replicating",
             Phase::Switching => "switching",
             Phase::FencePending => "fence pending",
+            Phase::Reconciling => "reconciling",
             Phase::Finishing => "finishing",
             Phase::Cancelling => "cancelling",
-            Phase::Diverged => "diverged",
             Phase::Done => "done",
         }
     }

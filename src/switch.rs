@@ -14,9 +14,11 @@ use crate::copy;
 use crate::cycle::apply::{Aside, Contended, Written};
 use crate::cycle::plan::Plan;
 use crate::cycle::{self, incoming};
+use crate::divergence;
 use crate::error::{Error, InTheWay, Result, Side};
 use crate::fault;
 use crate::lock::{self, Patience};
+use crate::reconcile;
 use crate::resync;
 use crate::settings;
 use crate::state::{By, Phase, State};
@@ -67,8 +69,11 @@ impl Pause {
 /// # Errors
 /// `Error::Transition` for a move that does not exist; `Error::Backlog`, `Error::Parked`, `Error::LockTimeout` when it cannot be
 /// made now. The state has not changed then.
-pub fn set_state(ctx: &mut Context, to: State, order: &Order) -> Result<()> {
+pub fn set_state(ctx: &mut Context, to: State, force: bool, order: &Order) -> Result<()> {
     let from = ctx.migration.state;
+    if force {
+        return forced(ctx, to, order);
+    }
     if from == to {
         return Ok(());
     }
@@ -83,6 +88,21 @@ pub fn set_state(ctx: &mut Context, to: State, order: &Order) -> Result<()> {
     match (from, to) {
         (State::First, State::Both) => open_second(ctx, order),
         _ => attempts(ctx, order, to),
+    }
+}
+
+/// `force`, to the state that the migration is in: the way out of phase `diverged`.
+fn forced(ctx: &mut Context, to: State, order: &Order) -> Result<()> {
+    if ctx.migration.state != to {
+        return Err(Error::BadArgument {
+            message: "force is not supported yet for a move to another state".into(),
+            hint: "Bring the second server back and call without force.".into(),
+        });
+    }
+    match (&ctx.migration.diverged, to) {
+        (None, _) => Ok(()),
+        (Some(_), State::Copying) => resync::drop_capture(ctx, order),
+        (Some(_), _) => reconcile::run(ctx, order),
     }
 }
 
@@ -134,7 +154,7 @@ fn attempts(ctx: &mut Context, order: &Order, to: State) -> Result<()> {
         ctx.migration = before.0.clone();
         ctx.rename_first(before.1.iter().map(|(_, rel)| rel.clone()).collect());
         if !e.is_contention() && !matches!(e, Error::RemoteTimeout) {
-            return Err(e);
+            return Err(divergence::met(ctx, e));
         }
         let error = blocked(ctx, order, to)?;
         if order.patience.is_over() {

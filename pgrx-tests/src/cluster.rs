@@ -86,33 +86,36 @@ impl Cluster {
 
     /// Makes a streaming standby of this server and starts it.
     pub fn standby(&self, name: &'static str) -> Self {
+        let standby = Self::copy_of(name, self, true);
+        standby.start();
+        standby
+    }
+
+    /// A base backup of a running cluster as a cluster of its own, on another port, not started; as a standby of it if `standby`.
+    pub fn copy_of(name: &'static str, primary: &Self, standby: bool) -> Self {
         let base = tempfile::Builder::new().prefix("crossover.").tempdir().expect("a temporary directory");
         Installation::get().give(base.path());
         let watchdog = Watchdog::over(base.path());
         let data = base.path().join("data");
         let mut backup = Installation::get().program("pg_basebackup");
-        backup.args([
-            "-R",
-            "-c",
-            "fast",
-            "-X",
-            "stream",
-            "-h",
-            "127.0.0.1",
-            "-U",
-            "postgres",
-            "-p",
-            &self.port.to_string(),
-        ]);
-        backup.arg("-D").arg(&data);
+        backup.args(["-h", "127.0.0.1", "-p", &primary.port.to_string(), "-U", "postgres", "-c", "fast", "--no-sync"]);
+        backup.arg("-D").arg(&data).args(standby.then_some("-R"));
         run(backup);
-        let standby = Self { name, port: free_port(), data, _watchdog: watchdog, base };
-        standby.configure(&[
-            &format!("port = {}", standby.port),
-            &format!("unix_socket_directories = '{}'", standby.base.path().display()),
-        ]);
-        standby.start();
-        standby
+        let mut cluster = Self { name, port: 0, data, _watchdog: watchdog, base };
+        cluster.set_port(free_port());
+        cluster.configure(&[&format!("unix_socket_directories = '{}'", cluster.base.path().display())]);
+        cluster
+    }
+
+    /// The port from the next start on.
+    pub fn set_port(&mut self, port: u16) {
+        self.port = port;
+        self.configure(&[&format!("port = {port}")]);
+    }
+
+    /// Whether it starts as a standby.
+    pub fn is_standby(&self) -> bool {
+        self.data.join("standby.signal").exists()
     }
 
     /// Makes a standby a primary, and waits until it is one.

@@ -71,6 +71,14 @@ impl<'a> Migration<'a> {
         set_state(&mut self.try_connect()?, &self.name, to, timeout)
     }
 
+    /// `migration_set_state` with `force`.
+    pub fn force_state(&self, to: &str) {
+        let query = "SELECT migration_set_state($1, $2::text::migration_state, force => true)::text";
+        self.connect()
+            .query_one(query, &[&self.name, &to])
+            .unwrap_or_else(|e| self.fail(&format!("set_state {to}, forced"), &e));
+    }
+
     /// Moves through several states, one after the other.
     pub fn walk(&self, states: &[&str]) {
         for state in states {

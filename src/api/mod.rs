@@ -97,16 +97,9 @@ fn migration_set_state(
     timeout: default!(Interval, "'30 seconds'"),
     force: default!(bool, "false"),
 ) -> migration_state {
-    or_report((|| {
-        if force {
-            return Err(Error::BadArgument {
-                message: "force is not supported yet".into(),
-                hint: "Bring the second server back and call without force.".into(),
-            });
-        }
-        let state: State = state.into();
-        request(name, "set_state", serde_json::json!({ "state": state.as_str() }), &timeout, None)
-    })())
+    let state: State = state.into();
+    let arguments = serde_json::json!({ "state": state.as_str(), "force": force });
+    or_report(request(name, "set_state", arguments, &timeout, None))
 }
 
 /// Stops copy and replication; changes go on being captured.

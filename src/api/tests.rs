@@ -58,11 +58,6 @@ mod tests {
         Spi::run("SELECT migration_wait('nobody', interval '0')").expect("an error");
     }
 
-    #[pg_test(error = "force is not supported yet")]
-    fn force_says_that_it_is_not_there() {
-        Spi::run("SELECT migration_set_state('nobody', 'first', force => true)").expect("an error");
-    }
-
     #[pg_test]
     fn a_write_twin_of_a_stranger_is_not_used() {
         Spi::run(

@@ -273,6 +273,18 @@ ALTER TABLE {member} ENABLE ALWAYS TRIGGER crossover_capture_truncate, {fenced} 
         )
     }
 
+    /// Logs every key that is there or that the log knows: at its last change, or at `$1` where the log does not know that.
+    pub fn log_all(&self, objects: &Objects) -> String {
+        let (log, source) = (objects.log(), self.index);
+        format!(
+            "INSERT INTO {log} (xid, at, source, key) SELECT pg_current_xact_id(), coalesce(l.at, $1::text::timestamptz), {source}, coalesce(t.key, l.key) \
+             FROM (SELECT {} AS key FROM {} AS t) AS t FULL JOIN (SELECT key, max(at) AS at FROM {log} WHERE source = {source} AND key IS NOT NULL GROUP BY key) AS l \
+             ON l.key = t.key",
+            self.logged_key("t"),
+            self.rel
+        )
+    }
+
     /// Logs the scope that overlaps every scope.
     pub fn log_whole(&self, objects: &Objects) -> String {
         format!(

@@ -49,7 +49,7 @@ impl Objects {
     pub fn origin(&self) -> RelName {
         self.rel("origin")
     }
-    /// Updated and committed before a watermark speaks of this store ("flush first").
+    /// Updated and committed before a watermark speaks of this store ("flush first"); and what has been cut from the log.
     pub fn counter(&self) -> RelName {
         self.rel("counter")
     }
@@ -100,9 +100,9 @@ impl Objects {
 {rings}{indexes}CREATE TABLE {member} (source int NOT NULL, rel oid NOT NULL, by_row boolean NOT NULL, triggers text, filenode oid NOT NULL, shape text,
     PRIMARY KEY (source, rel));
 CREATE TABLE {origin} (xid xid8 PRIMARY KEY);
-CREATE TABLE {counter} (n bigint NOT NULL);
+CREATE TABLE {counter} (n bigint NOT NULL, cut pg_snapshot);
 INSERT INTO {counter} VALUES (0);
-CREATE TABLE {mark} (watermark pg_snapshot NOT NULL, counter bigint NOT NULL);
+CREATE TABLE {mark} (watermark pg_snapshot NOT NULL, counter bigint NOT NULL, at timestamptz NOT NULL DEFAULT clock_timestamp());
 CREATE TABLE {owed} (source int NOT NULL, key text[] NOT NULL, at timestamptz NOT NULL, error text, image text,
     PRIMARY KEY (source, key));
 CREATE TABLE {chunk} (source int NOT NULL, chunk bigint NOT NULL, rows bigint NOT NULL, PRIMARY KEY (source, chunk));

@@ -74,7 +74,7 @@ impl<S: Session> Store<S> {
     }
 
     /// # Errors
-    /// `Error::CaptureChanged` where [`Store::renew_capture`] has something to do. `Error::Diverged`: a trigger that is disabled lets
+    /// `Error::CaptureChanged` where [`Store::renew_capture`] has something to do. `Error::NotCaptured`: a trigger that is disabled lets
     /// changes slip, and replication stops rather than lose them silently; once it is enabled again, the whole table is compared.
     pub fn check_capture(&mut self) -> Result<()> {
         let found = self.look_at_capture()?;
@@ -94,7 +94,7 @@ impl<S: Session> Store<S> {
             "replaced" => format!("Tables of the {side} store were dropped and made anew: {list}."),
             _ => format!("Capture is not enabled on the {side} store: {list}."),
         };
-        Err(Error::Diverged { name: String::new(), detail })
+        Err(Error::NotCaptured { name: String::new(), detail })
     }
 
     /// As [`Store::check_capture`] for a store whose changes do not count at present: only what can be mended is an error.
@@ -212,6 +212,11 @@ impl<S: Session> Store<S> {
             }
         }
         Ok(drops.into_iter().map(|(_, sql)| sql).collect())
+    }
+
+    /// Is the fence up, table by table?
+    pub fn fences(&mut self) -> Result<Vec<bool>> {
+        Ok(self.members()?.iter().filter(|m| m.is_root).map(|m| m.fenced).collect())
     }
 
     /// Turns the fence of every table on or off, under SHARE ROW EXCLUSIVE.

@@ -9,11 +9,13 @@ pub mod constraints;
 pub mod libpq;
 pub mod local;
 pub mod postgres;
+pub mod snapshot;
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 pub use libpq::Row;
+pub use snapshot::Snapshot;
 
 use crate::error::{Error, Result, Side};
 use crate::mapping::constraint::Constraints;
@@ -55,24 +57,6 @@ pub trait Session {
     fn set_deadline(&mut self, deadline: Option<Instant>);
     /// Makes sure that all that its snapshots have shown is on disk, and returns the counter that proves it.
     fn flush(&mut self, counter: &str) -> Result<i64>;
-}
-
-/// A `pg_snapshot`: `xmin:xmax:xip,...`
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Snapshot(String);
-
-impl Snapshot {
-    pub fn as_str(&self) -> &str {
-        &self.0
-    }
-
-    fn xmax(&self) -> &str {
-        self.0.split(':').nth(1).unwrap_or("3")
-    }
-
-    fn xip(&self) -> String {
-        format!("{{{}}}", self.0.split(':').nth(2).unwrap_or(""))
-    }
 }
 
 /// The watermark of a store, kept on the other one.
@@ -187,7 +171,7 @@ impl<S: Session> Store<S> {
 
     pub fn snapshot(&mut self) -> Result<Snapshot> {
         let text = self.one("SELECT pg_current_snapshot()::text", &[])?;
-        Ok(Snapshot(text.ok_or_else(|| Error::internal("no snapshot"))?))
+        Ok(Snapshot::new(text.ok_or_else(|| Error::internal("no snapshot"))?))
     }
 
     /// The watermark that this store keeps of the other one; None before the migration has set it.
@@ -196,7 +180,7 @@ impl<S: Session> Store<S> {
             self.session.admin_query(&format!("SELECT watermark::text, counter FROM {}", self.objects.mark()), &[])?;
         let Some(row) = rows.into_iter().next() else { return Ok(None) };
         let [Some(snapshot), Some(counter)] = &row[..] else { return Err(Error::internal("malformed watermark")) };
-        Ok(Some(Watermark { snapshot: Snapshot(snapshot.clone()), counter: parse(counter)? }))
+        Ok(Some(Watermark { snapshot: Snapshot::new(snapshot), counter: parse(counter)? }))
     }
 
     /// Sets the watermark of the other store, in the transaction that writes the rows it speaks for.
@@ -205,7 +189,9 @@ impl<S: Session> Store<S> {
         let params: Vec<Option<&str>> = params.iter().map(|p| p.as_deref()).collect();
         let table = self.objects.mark();
         let updated = self.session.admin_execute(
-            &format!("UPDATE {table} SET watermark = $1::text::pg_snapshot, counter = $2::text::bigint"),
+            &format!(
+                "UPDATE {table} SET watermark = $1::text::pg_snapshot, counter = $2::text::bigint, at = clock_timestamp()"
+            ),
             &params,
         )?;
         if updated == 0 {
@@ -502,6 +488,9 @@ impl<S: Session> Store<S> {
                 }
                 self.session.admin_batch(&format!("LOCK TABLE {rel} IN ACCESS EXCLUSIVE MODE NOWAIT"))?;
                 if self.session.admin_query(&cold, &params)?[0][0].as_deref() == Some("t") {
+                    let last = format!("SELECT xid::text FROM {rel} ORDER BY xid DESC LIMIT 1");
+                    let last: u64 = parse(self.session.admin_query(&last, &[])?[0][0].as_deref().unwrap_or("0"))?;
+                    self.remember_cut(&consumed.up_to(last))?;
                     self.session.admin_batch(&format!("TRUNCATE {rel}"))?;
                 }
                 Ok(())
@@ -517,6 +506,19 @@ impl<S: Session> Store<S> {
             }
         }
         Ok(())
+    }
+
+    /// What may be missing in the log: changes that are replicated, by the transactions that made them. None: nothing.
+    pub fn cut(&mut self) -> Result<Option<Snapshot>> {
+        let rows = self.session.admin_query(&format!("SELECT cut::text FROM {}", self.objects.counter()), &[])?;
+        Ok(rows.into_iter().next().and_then(|mut r| r.pop().flatten()).map(Snapshot::new))
+    }
+
+    /// Remembers, in the transaction that empties a part of the log, what was in it: a watermark that does not cover it is too old.
+    pub fn remember_cut(&mut self, gone: &Snapshot) -> Result<()> {
+        let cut = self.cut()?.map_or_else(|| gone.clone(), |before| before.or(gone));
+        let sql = format!("UPDATE {} SET cut = $1::text::pg_snapshot", self.objects.counter());
+        self.session.admin_execute(&sql, &[Some(cut.as_str())]).map(drop)
     }
 
     pub fn one(&mut self, sql: &str, params: &[Option<&str>]) -> Result<Option<String>> {

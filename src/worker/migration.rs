@@ -13,11 +13,13 @@ use crate::caller::Caller;
 use crate::context::Context;
 use crate::copy;
 use crate::cycle::{self, Outcome};
+use crate::divergence;
 use crate::ending;
 use crate::error::{Error, Result, Side};
 use crate::fault;
 use crate::lock::{Patience, wait_latch};
 use crate::parked;
+use crate::reconcile;
 use crate::resolve;
 use crate::resync;
 use crate::settings;
@@ -122,6 +124,8 @@ struct Worker {
     caught_up_at: Instant,
     copied: u64,
     had_error: bool,
+    /// When a diverged migration was looked at last.
+    diverged_at: Instant,
     /// A request is being carried out.
     serving: bool,
 }
@@ -183,6 +187,7 @@ fn run(assignment: Assignment) -> Result<()> {
         caught_up_at: now,
         copied: 0,
         had_error: true,
+        diverged_at: now,
         serving: false,
     };
     let mut pause = Duration::ZERO;
@@ -294,6 +299,15 @@ impl Worker {
             self.ctx.second = None;
             return Ok(idle);
         }
+        if self.ctx.migration.diverged.is_some() {
+            if phase == Phase::Reconciling {
+                let order = Order::by_worker(&self.ctx, Duration::from_secs(2));
+                reconcile::run(&mut self.ctx, &order)?;
+                return Ok(Next::Again);
+            }
+            divergence::stay(&mut self.ctx, &mut self.diverged_at)?;
+            return Ok(idle);
+        }
         match (state, phase) {
             (State::Copying, Phase::Copying) => return self.copy(),
             (State::Copying, Phase::CaptureDropped) => return self.copy_again(),
@@ -307,6 +321,9 @@ impl Worker {
         self.copied += outcome.rows;
         if outcome.scopes < CAUGHT_UP {
             self.caught_up_at = Instant::now();
+        }
+        if phase == Phase::Reconciling && outcome.contended == 0 {
+            reconcile::done(&mut self.ctx)?;
         }
         if phase == Phase::FencePending {
             let order = Order::by_worker(&self.ctx, Duration::from_secs(2));
@@ -330,6 +347,7 @@ impl Worker {
     fn copy(&mut self) -> Result<Next> {
         self.ctx.connect()?;
         self.ctx.stores()?.1.session.set_patience(cycle::STALL);
+        divergence::guard(&mut self.ctx)?;
         setup::ensure_watermark(&mut self.ctx)?;
         cycle::look_after_capture(&mut self.ctx)?;
         let running = self.copiers.len();
@@ -378,7 +396,11 @@ impl Worker {
         self.log_size_at = Instant::now() + LOG_SIZE_EVERY;
         let limit = settings::max_log_size();
         let mut bytes = self.log_bytes()?;
-        if limit.is_some_and(|limit| bytes > limit) && self.ctx.second.is_some() && phase != Phase::Copying {
+        if limit.is_some_and(|limit| bytes > limit)
+            && self.ctx.second.is_some()
+            && self.ctx.verified
+            && phase != Phase::Copying
+        {
             self.rotate(Duration::ZERO)?;
             bytes = self.log_bytes()?;
         }
@@ -417,6 +439,8 @@ impl Worker {
     /// Where nothing but the second store depends on the log, and replication is not simply keeping up with a log that is long.
     fn may_drop_capture(&self) -> bool {
         match (self.ctx.migration.state, self.ctx.migration.phase) {
+            // What only the second store has is not thrown away unasked.
+            _ if self.ctx.migration.diverged.is_some() => false,
             (State::Copying, Phase::Copying) => true,
             (State::Copying, _) | (State::First, Phase::Replicating) => self.caught_up_at.elapsed() > KEEPS_UP,
             _ => false,
@@ -521,7 +545,8 @@ impl Worker {
             "set_state" => {
                 let to: State = arguments["state"].as_str().unwrap_or("").parse().map_err(Error::Internal)?;
                 self.resumed_only("change its state")?;
-                switch::set_state(&mut self.ctx, to, order)
+                let force = arguments["force"].as_bool().unwrap_or(false);
+                switch::set_state(&mut self.ctx, to, force, order)
             }
             "pause" | "resume" => {
                 let id = self.id();
@@ -597,7 +622,11 @@ impl Worker {
         if m.paused {
             return Ok(Some(self.resumed_only("catch up")));
         }
+        if let Some(diverged) = &m.diverged {
+            return Ok(Some(Err(diverged.error(m))));
+        }
         if m.state == State::Copying
+            || m.phase == Phase::Reconciling
             || m.phase == Phase::FencePending
             || self.retry_at.is_some_and(|at| Instant::now() < at)
         {
