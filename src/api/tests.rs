@@ -32,7 +32,8 @@ mod tests {
     #[pg_test]
     fn every_setting_says_its_unit() {
         let without = text(
-            "SELECT string_agg(name, ' ') FROM pg_settings WHERE name LIKE 'crossover.%' AND vartype = 'integer' AND (unit IS NULL OR extra_desc !~ 'seconds')",
+            "SELECT string_agg(name, ' ') FROM pg_settings WHERE name LIKE 'crossover.%' AND vartype = 'integer' \
+             AND (unit IS NULL OR extra_desc !~ CASE unit WHEN 'ms' THEN 'milliseconds' WHEN 's' THEN '[Ii]n seconds' WHEN 'MB' THEN '[Ii]n megabytes' END)",
         );
         assert_eq!(without, None);
     }
