@@ -279,6 +279,11 @@ impl Error {
         matches!(self, Error::Server { .. }) && self.sqlstate() == "23505"
     }
 
+    /// A cancel request has met this process: `migration_pause`, or a DBA's.
+    pub fn is_cancel(&self) -> bool {
+        matches!(self, Error::Server { side: Side::First, .. }) && self.sqlstate() == "57014"
+    }
+
     /// A client held the lock, or the replicator gave way to one.
     pub fn is_contention(&self) -> bool {
         matches!(self, Error::LockNotAvailable | Error::CaptureChanged)

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use pgrx_tests::wait::{LONG, SOON, until};
-use pgrx_tests::{Migration, Pair, Witness};
+use pgrx_tests::{Migration, Pair, Witness, process};
 use serde_json::{Value, json};
 
 /// `rows` rows of a number and a text.
@@ -103,6 +103,17 @@ fn a_pause_stops_a_copy_and_a_cycle_within_a_second() {
     migration.call("resume");
     migration.try_wait(LONG).expect("it goes on");
     assert_equal(&pair);
+    // The cancel that goes with a pause may come while that is being served already.
+    pair.first.fault("request:taken stop");
+    std::thread::scope(|scope| {
+        scope.spawn(|| pause(&migration));
+        let worker = migration.worker();
+        until("the pause is being served", SOON, || process::is_stopped(worker));
+        pair.first.sql(&format!("SELECT pg_cancel_backend({worker})"));
+        process::signal(worker, process::CONTINUE);
+    });
+    assert_eq!(migration.status().text("last_error"), "");
+    migration.call("resume");
     // A DBA's cancel of the worker does no harm either.
     let worker = migration.worker();
     pair.first.sql(&format!("UPDATE heap SET n = 4; SELECT pg_cancel_backend({worker})"));

@@ -201,6 +201,10 @@ fn run(assignment: Assignment) -> Result<()> {
         });
         let next = match turn {
             Ok(Ok(next)) => next,
+            Ok(Err(e)) if e.is_cancel() => {
+                worker.ctx.rollback_all();
+                Next::Again
+            }
             Ok(Err(e)) => worker.failed(&e),
             Err(e) => worker.interrupted(e)?,
         };
@@ -509,10 +513,15 @@ impl Worker {
                 &[Some(&field(0))],
             )?;
             fault::point("request:taken")?;
-            self.serving = true;
+            // A pause is simply served again, whatever cuts it off: the cancel request that goes with it, perhaps.
+            self.serving = field(1) != "pause";
             let result = wanted.and_then(|()| self.carry_out(&field(1), &arguments, &order));
             self.serving = false;
             self.ctx.rollback_all();
+            if result.as_ref().is_err_and(Error::is_cancel) && self.ctx.reload()? && self.ctx.migration.paused {
+                // Sent for what was going on before this request, by a pause (perhaps this one): it is served again.
+                return Ok(Some(Next::Again));
+            }
             switch::show_waiting(&mut self.ctx, None)?;
             if matches!(result, Err(Error::Parked { .. })) {
                 parked::list(&mut self.ctx)?;
