@@ -101,6 +101,7 @@ CREATE TABLE crossover.conflict (
 );
 COMMENT ON TABLE crossover.conflict IS 'rows changed on both stores at a time, with both images; rows that a store refused';
 CREATE INDEX ON crossover.conflict (name);
+CREATE INDEX ON crossover.conflict USING hash (key);
 
 CREATE TABLE crossover.history (
     id           bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,

@@ -1,7 +1,7 @@
 //! Which changes of the two stores conflict, and which side wins. Pure.
 //!
 //! One to one, the unit of decision is the row. Rows that cannot stand beside each other (one unique value twice, a child
-//! without its parent) are linked and decided together; a whole-table scope overlaps every row of its table.
+//! without its parent) are linked and decided together. A whole-table scope has become its rows before it comes here.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -9,88 +9,40 @@ use crate::error::Side;
 use crate::mapping::model::Policy;
 use crate::store::{Changes, Key, Micros};
 
-/// The rows that one direction writes.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Scope {
-    Keys(BTreeSet<Key>),
-    Whole,
-}
-
-impl Scope {
-    pub fn is_empty(&self) -> bool {
-        matches!(self, Scope::Keys(keys) if keys.is_empty())
-    }
-
-    fn none() -> Scope {
-        Scope::Keys(BTreeSet::new())
-    }
-
-    fn has(&self, key: &Key) -> bool {
-        match self {
-            Scope::Keys(keys) => keys.contains(key),
-            Scope::Whole => true,
-        }
-    }
-
-    fn insert(&mut self, key: Key) {
-        if let Scope::Keys(keys) = self {
-            keys.insert(key);
-        }
-    }
-
-    fn remove(&mut self, key: &Key) {
-        if let Scope::Keys(keys) = self {
-            keys.remove(key);
-        }
-    }
-}
-
 /// What one table's cycle does.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Decision {
-    pub forward: Scope,
-    pub backward: Scope,
+    /// The rows that go to second.
+    pub forward: BTreeSet<Key>,
+    /// The rows that go to first.
+    pub backward: BTreeSet<Key>,
     /// Keys changed on both stores, or linked to such; the winner is the same for a row in `forward` (first) or `backward` (second).
     pub conflicts: BTreeMap<Key, Side>,
 }
 
 impl Decision {
-    fn none() -> Decision {
-        Decision { forward: Scope::none(), backward: Scope::none(), conflicts: BTreeMap::new() }
-    }
-
-    fn is_whole(&self) -> Option<Side> {
-        match (&self.forward, &self.backward) {
-            (Scope::Whole, _) => Some(Side::First),
-            (_, Scope::Whole) => Some(Side::Second),
-            _ => None,
-        }
-    }
-
     /// `side`'s row is written as well, unless the other's is.
     pub fn take_along(&mut self, key: &Key, side: Side) {
-        let (to, other) = match side {
-            Side::First => (&mut self.forward, &self.backward),
-            Side::Second => (&mut self.backward, &self.forward),
-        };
-        if !other.has(key) {
+        let (to, other) = self.to(side);
+        if !other.contains(key) {
             to.insert(key.clone());
         }
     }
 
     /// `side`'s row stands.
     fn give(&mut self, key: &Key, side: Side) {
-        if self.is_whole().is_some_and(|whole| whole != side) {
-            std::mem::swap(&mut self.forward, &mut self.backward);
-            self.conflicts.values_mut().for_each(|winner| *winner = side);
-        }
-        let (to, from) = match side {
-            Side::First => (&mut self.forward, &mut self.backward),
-            Side::Second => (&mut self.backward, &mut self.forward),
-        };
+        let (to, from) = self.to(side);
         from.remove(key);
         to.insert(key.clone());
         self.conflicts.insert(key.clone(), side);
+    }
+
+    /// The rows that go the way of `side`'s, and the others.
+    fn to(&mut self, side: Side) -> (&mut BTreeSet<Key>, &mut BTreeSet<Key>) {
+        match side {
+            Side::First => (&mut self.forward, &mut self.backward),
+            Side::Second => (&mut self.backward, &mut self.forward),
+        }
     }
 }
 
@@ -113,10 +65,7 @@ pub fn decide(policy: Policy, first: &[Changes], second: &[Changes], links: &BTr
     let mut decisions: Vec<Decision> = first.iter().zip(second).map(|(a, b)| decide_table(policy, a, b)).collect();
     for component in components(links) {
         let latest = |changes: &[Changes]| {
-            component
-                .iter()
-                .filter_map(|(table, key)| changes[*table].keys.get(key).copied().max(changes[*table].whole))
-                .max()
+            component.iter().filter_map(|(table, key)| changes[*table].keys.get(key).copied()).max()
         };
         let side = winner(policy, latest(first), latest(second));
         for (table, key) in &component {
@@ -140,34 +89,16 @@ fn components(links: &BTreeSet<(Node, Node)>) -> Vec<BTreeSet<Node>> {
 }
 
 fn decide_table(policy: Policy, first: &Changes, second: &Changes) -> Decision {
-    if first.whole.is_some() || second.whole.is_some() {
-        return decide_whole(policy, first, second);
-    }
-    let mut decision = Decision::none();
+    let mut decision = Decision::default();
     for (key, at) in &first.keys {
         match second.keys.get(key) {
-            None => decision.forward.insert(key.clone()),
+            None => {
+                decision.forward.insert(key.clone());
+            }
             Some(other) => decision.give(key, winner(policy, Some(*at), Some(*other))),
         }
     }
-    for key in second.keys.keys().filter(|k| !first.keys.contains_key(*k)) {
-        decision.backward.insert(key.clone());
-    }
-    decision
-}
-
-/// All changes of the table are one component: one side's whole table stands.
-fn decide_whole(policy: Policy, first: &Changes, second: &Changes) -> Decision {
-    let latest = |c: &Changes| c.keys.values().copied().chain(c.whole).max();
-    let side = winner(policy, latest(first), latest(second));
-    let mut decision = Decision::none();
-    match side {
-        Side::First => decision.forward = Scope::Whole,
-        Side::Second => decision.backward = Scope::Whole,
-    }
-    if !first.is_empty() && !second.is_empty() {
-        decision.conflicts = first.keys.keys().chain(second.keys.keys()).map(|k| (k.clone(), side)).collect();
-    }
+    decision.backward.extend(second.keys.keys().filter(|k| !first.keys.contains_key(*k)).cloned());
     decision
 }
 
@@ -180,8 +111,8 @@ mod tests {
         Changes { keys: keys.iter().map(|(k, at)| (k.to_string(), *at)).collect(), whole: None, log_rows: 0 }
     }
 
-    fn keys(names: &[&str]) -> Scope {
-        Scope::Keys(names.iter().map(|k| k.to_string()).collect())
+    fn keys(names: &[&str]) -> BTreeSet<Key> {
+        names.iter().map(|k| k.to_string()).collect()
     }
 
     fn one(policy: Policy, first: &Changes, second: &Changes) -> Decision {
@@ -209,19 +140,6 @@ mod tests {
     }
 
     #[test]
-    fn a_whole_table_overlaps_every_row() {
-        let first = Changes { whole: Some(10), ..Changes::default() };
-        let d = one(Policy::Latest, &first, &Changes::default());
-        assert_eq!((d.forward, d.conflicts.len()), (Scope::Whole, 0));
-        let d = one(Policy::Latest, &first, &changes(&[("{1}", 11)]));
-        assert_eq!((d.backward, d.conflicts.len()), (Scope::Whole, 1));
-        let d = one(Policy::Latest, &first, &changes(&[("{1}", 9)]));
-        assert_eq!((d.forward, d.conflicts.len()), (Scope::Whole, 1));
-        let d = one(Policy::Second, &first, &changes(&[("{1}", 9)]));
-        assert_eq!((d.backward, d.conflicts.len()), (Scope::Whole, 1));
-    }
-
-    #[test]
     fn linked_rows_go_one_way() {
         // First deletes the parent {1} of table 0; second inserts a child {7} of table 1, and a grandchild {8} of it.
         let first = [changes(&[("{1}", 5)]), changes(&[])];
@@ -244,7 +162,7 @@ mod tests {
             let second = Changes { keys: b.clone(), whole: None, log_rows: 0 };
             for policy in [Policy::Latest, Policy::First, Policy::Second] {
                 let d = one(policy, &first, &second);
-                let (Scope::Keys(f), Scope::Keys(w)) = (&d.forward, &d.backward) else { panic!("whole") };
+                let (f, w) = (&d.forward, &d.backward);
                 for key in a.keys().chain(b.keys()) {
                     prop_assert!(f.contains(key) != w.contains(key));
                     prop_assert_eq!(d.conflicts.contains_key(key), a.contains_key(key) && b.contains_key(key));
@@ -262,7 +180,7 @@ mod tests {
             let second = [Changes { keys: b, whole: None, log_rows: 0 }];
             let links: BTreeSet<(Node, Node)> = pairs.iter().map(|(x, y)| (node(0, x), node(0, y))).collect();
             let d = decide(Policy::Latest, &first, &second, &links).remove(0);
-            let (Scope::Keys(f), Scope::Keys(w)) = (&d.forward, &d.backward) else { panic!("whole") };
+            let (f, w) = (&d.forward, &d.backward);
             for (x, y) in &pairs {
                 prop_assert_eq!(f.contains(x), f.contains(y));
                 prop_assert_eq!(w.contains(x), w.contains(y));

@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use crate::catalog::{self, Migration};
+use crate::cycle::two_way::Appetite;
 use crate::error::{Error, Result, Side};
 use crate::mapping::ident::{Ident, RelName};
 use crate::mapping::model::{Mapping, NamedTable};
@@ -28,6 +29,8 @@ pub struct Context {
     pub installing: bool,
     /// Nothing that has been replicated was lost before this connection was made ([`crate::divergence`]).
     pub verified: bool,
+    /// How much a cycle in both directions takes at a time.
+    pub appetite: Appetite,
     /// When the stores' constraints were read; None: they have to be.
     constraints_at: Option<Instant>,
 }
@@ -60,6 +63,7 @@ impl Context {
             stubborn_second: Vec::new(),
             installing: false,
             verified: false,
+            appetite: Appetite::default(),
             constraints_at: None,
         }))
     }

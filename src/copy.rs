@@ -5,6 +5,7 @@
 //! its own length only.
 
 use std::collections::BTreeMap;
+use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
 use crate::catalog::{self, Move};
@@ -14,7 +15,7 @@ use crate::cycle::write::Writer;
 use crate::error::{Error, Result};
 use crate::fault;
 use crate::mapping::text::copy_line;
-use crate::store::{Derived, Isolation, Owed, Session, parse};
+use crate::store::{Derived, Isolation, Session, parse};
 
 /// Bytes collected before they are handed to the connection.
 const BUFFER: usize = 64 * 1024;
@@ -22,8 +23,6 @@ const BUFFER: usize = 64 * 1024;
 pub const PATIENCE: Duration = Duration::from_secs(600);
 /// How often a worker that waits for its turn looks whether the copy goes on.
 const LOOK_EVERY: Duration = Duration::from_millis(200);
-/// Rows fetched at a time.
-const FETCH: i64 = 500;
 
 /// A part of the copy: keys after `after` (exclusive) up to `last` (inclusive).
 #[derive(Debug)]
@@ -196,23 +195,23 @@ fn copy(ctx: &mut Context, chunk: &Chunk) -> Result<u64> {
     first.session.begin(Isolation::RepeatableRead, &lock)?;
     second.begin_write()?;
     second.session.armed().copy_in(&copy_in)?;
-    let mut buffer = Vec::with_capacity(BUFFER + 4096);
-    let streamed = first.session.stream(&query, &[chunk.after.as_deref(), chunk.last.as_deref()], FETCH, |row| {
-        copy_line(&mut buffer, row.iter().copied());
-        if buffer.len() >= BUFFER {
-            second.session.armed().copy_data(&buffer)?;
-            buffer.clear();
-        }
-        Ok(())
+    let (mut buffer, mut rows) = (Vec::with_capacity(2 * BUFFER), 0);
+    let streamed = first.session.stream(&query, &[chunk.after.as_deref(), chunk.last.as_deref()], &mut |row| {
+        rows += 1;
+        copy_line(&mut buffer, row, |buffer| {
+            if buffer.len() >= BUFFER {
+                second.session.armed().copy_data(buffer)?;
+                buffer.clear();
+            }
+            Ok(())
+        })?;
+        Ok(ControlFlow::Continue(()))
     });
-    let rows = match streamed {
-        Ok(rows) => rows,
-        Err(e) => {
-            // The COPY ends before its transaction can be rolled back; what the server says of it adds nothing.
-            let _ = second.session.armed().copy_end(Some("rolled back"));
-            return Err(e);
-        }
-    };
+    if let Err(e) = streamed {
+        // The COPY ends before its transaction can be rolled back; what the server says of it adds nothing.
+        let _ = second.session.armed().copy_end(Some("rolled back"));
+        return Err(e);
+    }
     second.session.armed().copy_data(&buffer)?;
     second.session.armed().copy_end(None)?;
     first.end_read()?;
@@ -226,17 +225,24 @@ fn copy_row_by_row(ctx: &mut Context, chunk: &Chunk) -> Result<u64> {
     let (first, second) = ctx.stores()?;
     let lock = vec![first.table(chunk.index).rel.to_string()];
     first.session.begin(Isolation::RepeatableRead, &lock)?;
-    let keys = first.chunk_keys(chunk.index, chunk.after.as_deref(), chunk.last.as_deref())?;
-    let derived = first.derive(chunk.index, Some(&keys.iter().collect::<Vec<_>>()))?;
-    first.end_read()?;
     second.begin_write()?;
-    // Two snapshots can show one unique value twice: what is in the way is put right by the cycle that catches up.
-    let (at, mut others) = (|_: &_| 0, |_: &[_]| Ok(BTreeMap::new()));
-    let mut writer = Writer::new(chunk.index, false, &at, &mut others);
-    writer.write(second, &derived.list())?;
-    let (written, mut owed) = (writer.written, writer.parked);
-    owed.extend(Derived::parked(&derived.refused, &|_| 0));
-    second.set_owed(chunk.index, &[], &owed)?;
+    let (mut written, mut after) = (0, chunk.after.clone());
+    loop {
+        let keys = first.chunk_keys(chunk.index, after.as_deref(), chunk.last.as_deref())?;
+        let Some(last) = keys.last() else { break };
+        after = Some(last.clone());
+        first.derive_in_batches(chunk.index, &keys.iter().collect::<Vec<_>>(), &mut |_, derived| {
+            // Two snapshots can show one unique value twice: what is in the way is put right by the cycle that catches up.
+            let (at, mut others) = (|_: &_| 0, |_: &[_]| Ok(BTreeMap::new()));
+            let mut writer = Writer::new(chunk.index, false, &at, &mut others);
+            writer.write(second, &derived.list())?;
+            let mut owed = writer.parked;
+            written += writer.written;
+            owed.extend(Derived::parked(&derived.refused, &at));
+            second.owe(chunk.index, &owed)
+        })?;
+    }
+    first.end_read()?;
     commit_chunk(ctx, chunk, written)?;
     Ok(written)
 }
@@ -301,18 +307,16 @@ pub fn analyze(ctx: &mut Context) -> Result<()> {
 
 /// COPY runs in replica mode, which checks neither foreign keys nor deferrable constraints: the rows that violate one which first has not
 /// are owed, so that the next cycle takes them out and parks them. Returns how many.
-pub fn owe_violations(ctx: &mut Context) -> Result<usize> {
+pub fn owe_violations(ctx: &mut Context) -> Result<u64> {
     ctx.refresh_constraints()?;
     let (_, second) = ctx.stores()?;
     second.session.set_patience(PATIENCE);
     let mut found = 0;
     second.session.begin(Isolation::ReadCommitted, &[])?;
-    let owed = second.owed()?;
-    for (i, owed) in owed.into_iter().enumerate() {
-        let keys = second.violations(i)?.into_iter().filter(|k| !owed.iter().any(|o| o.key == *k));
-        let new: Vec<Owed> = keys.map(|key| Owed { key, at: 0, error: None, image: None }).collect();
-        second.set_owed(i, &[], &new)?;
-        found += new.len();
+    for i in 0..second.tables.len() {
+        for query in second.violations(i) {
+            found += second.owe_result(i, &query, 0)?;
+        }
     }
     second.session.commit()?;
     Ok(found)

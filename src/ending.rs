@@ -3,6 +3,7 @@
 //! The end is one transaction of the first store, under the locks of everything that it changes. What is on the second server goes
 //! afterwards, and again until it is gone.
 
+use std::ops::ControlFlow;
 use std::time::Instant;
 
 use pgrx::pg_sys;
@@ -13,9 +14,12 @@ use crate::error::{Error, Result};
 use crate::fault;
 use crate::setup;
 use crate::state::{By, Phase, State};
-use crate::store::{Isolation, Session};
+use crate::store::{Isolation, Row, Session, text};
 use crate::switch::{Order, Pause, commit_state, in_attempts, lock_first, set_phase};
 use crate::views;
+
+/// Bytes of conflicts with their images after which a transaction has enough of them.
+const MOST_BYTES: usize = 1 << 20;
 
 /// Ends replication from `second`. What is on the second server is removed afterwards, by [`clean_up`].
 pub fn finish(ctx: &mut Context, order: &Order, drop_first: bool) -> Result<()> {
@@ -140,15 +144,26 @@ pub fn clean_up(ctx: &mut Context) -> Result<()> {
 
 /// Brings the conflicts home that a switch towards `second` recorded on the second server. Repeatable: each has a number there.
 pub fn bring_conflicts_home(ctx: &mut Context) -> Result<()> {
+    while bring_some_home(ctx)? {}
+    Ok(())
+}
+
+/// As many as a transaction should have. False when there was none.
+fn bring_some_home(ctx: &mut Context) -> Result<bool> {
     let names: Vec<String> = ctx.pairs.iter().map(|p| p.first.rel.to_string()).collect();
     let name = ctx.migration.name.clone();
     let (first, second) = ctx.stores()?;
     let table = second.objects.conflict();
-    let rows = second.session.query(
-        &format!("SELECT id, source, key::text, kept, first_image::text, second_image::text, at::text FROM {table} ORDER BY id"),
-        &[],
-    )?;
-    let Some(last) = rows.last().and_then(|r| r[0].clone()) else { return Ok(()) };
+    let sql = format!(
+        "SELECT id, source, key::text, kept, first_image::text, second_image::text, at::text FROM {table} ORDER BY id LIMIT 100"
+    );
+    let (mut rows, mut bytes): (Vec<Row>, usize) = (Vec::new(), 0);
+    second.session.stream(&sql, &[], &mut |row| {
+        bytes += row.iter().flatten().map(|value| value.len()).sum::<usize>();
+        rows.push(row.iter().map(|value| value.map(text).transpose()).collect::<Result<_>>()?);
+        Ok(if bytes < MOST_BYTES { ControlFlow::Continue(()) } else { ControlFlow::Break(()) })
+    })?;
+    let Some(last) = rows.last().and_then(|r| r[0].clone()) else { return Ok(false) };
     first.session.begin(Isolation::ReadCommitted, &[])?;
     for r in &rows {
         let source: usize = crate::store::parse(r[1].as_deref().unwrap_or(""))?;
@@ -169,5 +184,5 @@ pub fn bring_conflicts_home(ctx: &mut Context) -> Result<()> {
     }
     first.session.commit()?;
     fault::point("conflict:copied")?;
-    second.session.execute(&format!("DELETE FROM {table} WHERE id <= $1::text::bigint"), &[Some(&last)]).map(drop)
+    second.session.execute(&format!("DELETE FROM {table} WHERE id <= $1::text::bigint"), &[Some(&last)]).map(|_| true)
 }

@@ -26,6 +26,7 @@ pub const POINTS: &[&str] = &[
     "copy:complete",
     "copy:caught-up",
     "cycle:read",
+    "cycle:put-off",
     "cycle:flushed",
     "cycle:first-written",
     "cycle:first-committed",

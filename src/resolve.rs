@@ -114,9 +114,8 @@ fn refusal(ctx: &mut Context, entry: &Entry) -> Result<String> {
 
 fn owed_error(ctx: &mut Context, entry: &Entry) -> Result<Option<(Side, String)>> {
     fn of<S: Session>(store: &mut Store<S>, entry: &Entry) -> Result<Option<(Side, String)>> {
-        let owed = in_transaction(store, false, Store::owed)?;
-        let found = owed.into_iter().nth(entry.index).into_iter().flatten().find(|o| o.key == entry.key);
-        Ok(found.and_then(|o| o.error).map(|e| (store.side(), e)))
+        let refusal = in_transaction(store, false, |store| store.refusal(entry.index, &entry.key))?;
+        Ok(refusal.map(|error| (store.side(), error)))
     }
     let (first, second) = ctx.stores()?;
     Ok(match of(second, entry)? {
@@ -158,12 +157,11 @@ fn overwrite(ctx: &mut Context, entry: &Entry, store: Side) -> Result<()> {
     let key = [&entry.key];
     match store {
         Side::Second => {
-            let row =
-                in_transaction(second, false, |s| Ok(s.derive(entry.index, Some(&key))?.rows.remove(&entry.key)))?;
+            let row = in_transaction(second, false, |s| Ok(s.derive(entry.index, &key)?.rows.remove(&entry.key)))?;
             put_row(first, entry, row.as_deref())
         }
         Side::First => {
-            let row = in_transaction(first, false, |s| Ok(s.derive(entry.index, Some(&key))?.rows.remove(&entry.key)))?;
+            let row = in_transaction(first, false, |s| Ok(s.derive(entry.index, &key)?.rows.remove(&entry.key)))?;
             put_row(second, entry, row.as_deref())
         }
     }
@@ -198,7 +196,7 @@ fn try_out<S: Session>(store: &mut Store<S>, entry: &Entry) -> Result<Option<Str
         store.session.set_lock_timeout(LOCK_PATIENCE)?;
         let sql = store.tables[entry.index].put_image();
         store.session.execute(&sql, &[Some(image)])?;
-        let mut derived = store.derive(entry.index, Some(&[&entry.key]))?;
+        let mut derived = store.derive(entry.index, &[&entry.key])?;
         match derived.refused.remove(&entry.key) {
             Some(error) => Err(Error::BadArgument {
                 message: format!("the image does not fit the mapping: {error}"),
@@ -231,7 +229,7 @@ fn replicate(ctx: &mut Context, patience: &Patience) -> Result<()> {
     loop {
         match cycle::run(ctx, true) {
             Ok(outcome) if outcome.scopes == 0 => return Ok(()),
-            Ok(outcome) if outcome.contended == 0 && outcome.scopes <= outcome.parked => return Ok(()),
+            Ok(outcome) if outcome.left == 0 && outcome.scopes <= outcome.parked => return Ok(()),
             Err(e) if !e.is_contention() => return Err(e),
             _ if patience.is_over() => return Ok(()),
             _ => crate::lock::wait_latch(Duration::from_millis(10)),

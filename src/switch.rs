@@ -9,15 +9,18 @@ use std::time::{Duration, Instant};
 use pgrx::pg_sys;
 
 use crate::catalog::{self, Move};
-use crate::context::Context;
+use crate::context::{Context, FirstStore, SecondStore};
 use crate::copy;
 use crate::cycle::apply::{Aside, Contended, Written};
+use crate::cycle::backlog::{SCOPES, incoming};
 use crate::cycle::plan::Plan;
-use crate::cycle::{self, incoming};
+use crate::cycle::{self, two_way};
 use crate::divergence;
 use crate::error::{Error, InTheWay, Result, Side};
 use crate::fault;
 use crate::lock::{self, Patience};
+use crate::mapping::model::Policy;
+use crate::mapping::rule::Pair;
 use crate::reconcile;
 use crate::resync;
 use crate::settings;
@@ -122,7 +125,7 @@ fn probe(ctx: &mut Context, order: &Order, to: State) -> Result<()> {
         if newly_exposes && outcome.parked > 0 {
             return Err(Error::Parked { name: ctx.migration.name.clone(), count: outcome.parked as i64 });
         }
-        if outcome.scopes <= SMALL_BACKLOG {
+        if outcome.scopes.max(outcome.left) <= SMALL_BACKLOG {
             return Ok(());
         }
         if order.patience.is_over() {
@@ -131,7 +134,7 @@ fn probe(ctx: &mut Context, order: &Order, to: State) -> Result<()> {
                 detail: format!(
                     "After {} ms a cycle still had {} changed rows to replicate.",
                     order.patience.waited_ms(),
-                    outcome.scopes
+                    outcome.scopes.max(outcome.left)
                 ),
             });
         }
@@ -240,6 +243,18 @@ fn bound_pause(ctx: &mut Context, pause: &mut Pause) -> Result<Instant> {
     Ok(end)
 }
 
+/// What a last cycle is going to write: all that is left, or it has to wait for other cycles.
+fn last_plan(policy: Policy, pairs: &[Pair], first: &mut FirstStore, second: &mut SecondStore) -> Result<Plan> {
+    let mut forward = incoming(first, second, true, SCOPES)?;
+    let mut backward = incoming(second, first, true, SCOPES)?;
+    if [&forward, &backward].iter().any(|i| i.is_too_much() || i.left > 0) {
+        return Err(Error::LockNotAvailable);
+    }
+    two_way::wake_both(first, second, &mut forward, &mut backward)?;
+    let plan = Plan::make(policy, pairs, first, second, forward, backward, usize::MAX)?;
+    plan.ok_or_else(|| Error::internal("a plan without a limit"))
+}
+
 /// Writes the second half of a last cycle under the locks, leaving out what a constraint of that store refuses: it is parked.
 fn settle<S: Session>(
     store: &mut Store<S>,
@@ -281,9 +296,7 @@ fn towards_second(ctx: &mut Context, order: &Order) -> Result<()> {
         first.check_capture()?;
         second.check_capture()?;
         let s1 = first.snapshot()?;
-        let forward = incoming(first, second, true)?;
-        let backward = incoming(second, first, true)?;
-        let plan = Plan::make(policy, pairs, first, second, forward, backward)?;
+        let plan = last_plan(policy, pairs, first, second)?;
         second.end_read()?;
         let counter1 = first.flush()?;
         second.begin_write()?;
@@ -348,9 +361,7 @@ fn towards_first(ctx: &mut Context, order: &Order, to: State) -> Result<()> {
         let s2 = second.snapshot()?;
         first.check_capture()?;
         second.check_capture()?;
-        let forward = incoming(first, second, true)?;
-        let backward = incoming(second, first, true)?;
-        let plan = Plan::make(policy, pairs, first, second, forward, backward)?;
+        let plan = last_plan(policy, pairs, first, second)?;
         let counter2 = second.flush()?;
         first.session.savepoint()?;
         aside.iter_mut().for_each(|a| a.held.clear());
@@ -369,7 +380,7 @@ fn towards_first(ctx: &mut Context, order: &Order, to: State) -> Result<()> {
     };
     fault::point("switch:drained")?;
     pause.drained = plan.log_rows();
-    let counter1 = cycle::bump(first)?;
+    let counter1 = two_way::bump(first)?;
     let phase = if to == State::First && migration.options.fence { Phase::FencePending } else { Phase::Replicating };
     if opens_first {
         first.set_fence(false)?;

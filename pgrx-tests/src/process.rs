@@ -45,6 +45,18 @@ pub fn naps(pid: i32) -> Option<u64> {
     text.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:")?.trim().parse().ok())
 }
 
+/// What a process calls itself, as ps shows it.
+pub fn title(pid: i32) -> Option<String> {
+    let title = fs::read_to_string(format!("/proc/{pid}/cmdline")).ok()?;
+    Some(title.trim_end_matches('\0').to_owned())
+}
+
+/// The most memory that a process has had so far, in kilobytes: its own, and what it has touched of the shared.
+pub fn peak_memory(pid: i32) -> Option<u64> {
+    let text = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    text.lines().find_map(|line| line.strip_prefix("VmHWM:")?.trim().strip_suffix(" kB")?.trim().parse().ok())
+}
+
 /// Whether a process is there and not a zombie.
 pub fn is_alive(pid: i32) -> bool {
     stat(pid).is_some_and(|s| s.0 != 'Z')

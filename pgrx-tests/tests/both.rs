@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use pgrx_tests::cluster::explain;
 use pgrx_tests::tokens::{self, Door, Summary, Tokens};
 use pgrx_tests::wait::{LONG, SOON, for_a, until};
+use pgrx_tests::writers::Generation;
 use pgrx_tests::{Migration, Pair, Witness, market, process};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
@@ -194,8 +195,9 @@ fn unflushed_commits(safeguard_taken_out: Option<&str>) -> Result<(), String> {
         client.batch_execute(&insert).expect("an insert");
         let arrived = format!("SELECT FROM rail.path WHERE ident = {}", 100 + round);
         until("the row is in the second store", SOON, || second.query_opt(&arrived, &[]).expect("an answer").is_some());
+        let generation = Generation::of(&pair.first);
         process::signal(pid, process::KILL);
-        until("the crash", SOON, || victim.simple_query("SELECT 1").is_err());
+        generation.until_replaced(&pair.first);
         // The transaction ids that a lost commit leaves free are used again.
         for row in after_the_crash(round) {
             pair.first.sql(&row);

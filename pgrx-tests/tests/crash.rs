@@ -48,6 +48,7 @@ mod steps {
         "cycle:first-committed",
         "cycle:second-written",
         "cycle:second-committed",
+        "cycle:put-off",
         "rotate:first",
         "capture:renewed",
     ];
@@ -56,6 +57,7 @@ mod steps {
         "cycle:flushed",
         "cycle:first-written",
         "cycle:first-committed",
+        "cycle:put-off",
         "rotate:first",
         "capture:renewed",
     ];
@@ -272,7 +274,8 @@ fn cycles() {
                     // It rotates at its start, then every ten seconds.
                     "rotate:first" => pair.first.sql(&format!("SELECT pg_terminate_backend({})", migration.worker())),
                     "capture:renewed" if state == "first" => pair.first.sql(&off_and_on("journal")),
-                    "capture:renewed" => pair.second.sql(&off_and_on("ledger.entry")),
+                    // All rows of the table are to be compared then, too.
+                    "capture:renewed" | "cycle:put-off" => pair.second.sql(&off_and_on("ledger.entry")),
                     _ => {}
                 });
                 writers.until_busy();

@@ -2,12 +2,12 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::Incoming;
-use super::write::{BATCH, Writer};
+use super::backlog::Incoming;
+use super::write::Writer;
 use crate::error::Result;
 use crate::fault;
 use crate::mapping::constraint::Reference;
-use crate::store::{Changes, Derived, Key, Owed, Session, Snapshot, Store};
+use crate::store::{BATCH, Derived, Key, Owed, OwedCount, Session, Snapshot, Store, in_batches};
 
 /// What to do with a row that a client holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -25,6 +25,8 @@ pub struct Rows {
     pub deletes: BTreeSet<Key>,
     /// Rows for which a rule's expression failed: parked.
     pub refused: BTreeMap<Key, String>,
+    /// Of the upserts, as text.
+    pub bytes: usize,
 }
 
 impl Rows {
@@ -58,7 +60,10 @@ type Upserts<'a> = Vec<(&'a Key, &'a str)>;
 /// What a store's part of a plan came to.
 pub struct Written {
     pub rows: u64,
+    /// Rows that it has parked.
     pub parked: usize,
+    /// What is owed to the store now.
+    pub owed: OwedCount,
     /// A client was faster, or a constraint is in the way: roll back and write again; the keys have been set aside.
     pub again: bool,
 }
@@ -77,7 +82,7 @@ impl<'a, S: Session> Application<'a, S> {
     /// Deletes (children first), upserts (parents first), then looks at constraints and at the log again. `also_owed`: keys that the
     /// other store left out of the same plan.
     pub fn run(&mut self, also_owed: &[Aside], contended: Contended) -> Result<Written> {
-        let mut written = Written { rows: 0, parked: 0, again: false };
+        let mut written = Written { rows: 0, parked: 0, owed: OwedCount::default(), again: false };
         if contended == Contended::Skip {
             self.lock_rows()?;
         }
@@ -102,10 +107,13 @@ impl<'a, S: Session> Application<'a, S> {
             let mut owed = self.owed(i, also_owed.get(i));
             written.parked += parked.len() + self.rows[i].refused.len() + self.aside[i].refused.len();
             owed.extend(parked);
-            let changes = &self.incoming.changes[i];
-            let settled: Vec<Key> = changes.keys.keys().cloned().collect();
-            settle(self.store, i, &self.incoming.owed[i], changes, &settled, &owed)?;
+            if !self.incoming.owed.is_zero() {
+                let settled: Vec<&Key> = self.incoming.changes[i].keys.keys().collect();
+                self.store.clear_owed(i, Some(&settled))?;
+            }
+            self.store.owe(i, &owed)?;
         }
+        written.owed = self.store.owed_count()?;
         Ok(written)
     }
 
@@ -136,7 +144,10 @@ impl<'a, S: Session> Application<'a, S> {
         for i in (0..self.rows.len()).rev() {
             for reference in self.store.constraints.children_of(i) {
                 let (upserts, deletes) = self.left(i);
-                let mut found = self.store.children(&reference, &deletes)?;
+                let mut found = Vec::new();
+                for deletes in deletes.chunks(BATCH) {
+                    found.extend(self.store.children(&reference, deletes)?);
+                }
                 found.extend(self.store.children_left(&reference, &rows_of(&upserts))?);
                 for (parent, child) in found {
                     let known = |child: usize, key: &Key| self.rows[child].has(key) && !self.aside[child].has(key);
@@ -157,7 +168,11 @@ impl<'a, S: Session> Application<'a, S> {
 
     /// Will `key` be decided by a later cycle?
     fn is_held(&mut self, i: usize, key: &Key) -> Result<bool> {
-        Ok(self.aside[i].held.contains(key) || !self.store.changed_since(i, &[key], self.seen)?.is_empty())
+        if self.aside[i].held.contains(key) || !self.store.changed_since(i, &[key], self.seen)?.is_empty() {
+            return Ok(true);
+        }
+        let other = self.incoming.left > 0 && !self.incoming.changes[i].keys.contains_key(key);
+        Ok(other && !self.store.waiting_among(i, &[key])?.is_empty())
     }
 
     fn set_aside(&mut self, i: usize, key: Key, held: bool, reason: impl Fn() -> String) {
@@ -209,11 +224,13 @@ impl<'a, S: Session> Application<'a, S> {
                 }
             }
             if !upserts.is_empty() && self.store.has_uniques(i, true) {
-                for (key, other) in self.store.in_the_way(i, &rows_of(&upserts), true)? {
-                    if !self.aside[i].has(&key) && !self.aside[i].has(&other) {
-                        let held = self.is_held(i, &other)?;
-                        self.set_aside(i, key, held, || format!("it repeats a unique value of the row {other}"));
-                        found = true;
+                for upserts in in_batches(&upserts, |(_, row)| row.len()) {
+                    for (key, other) in self.store.in_the_way(i, &rows_of(upserts), true)? {
+                        if !self.aside[i].has(&key) && !self.aside[i].has(&other) {
+                            let held = self.is_held(i, &other)?;
+                            self.set_aside(i, key, held, || format!("it repeats a unique value of the row {other}"));
+                            found = true;
+                        }
                     }
                 }
             }
@@ -268,44 +285,4 @@ fn rows_of<'a>(upserts: &[(&Key, &'a str)]) -> Vec<&'a str> {
 
 fn keys_of<'a>(upserts: &[(&'a Key, &str)]) -> Vec<&'a Key> {
     upserts.iter().map(|(key, _)| *key).collect()
-}
-
-/// Brings the table of owed scopes up to date: what this cycle applied goes, what it could not apply comes.
-pub fn settle<S: Session>(
-    store: &mut Store<S>,
-    index: usize,
-    before: &[Owed],
-    changes: &Changes,
-    settled: &[Key],
-    owed: &[Owed],
-) -> Result<()> {
-    let gone: Vec<&Key> = before
-        .iter()
-        .map(|o| &o.key)
-        .filter(|k| (settled.contains(k) || changes.whole.is_some()) && !owed.iter().any(|o| o.key == **k))
-        .collect();
-    store.set_owed(index, &gone, owed)
-}
-
-/// The keys of a table's changes in batches; None stands for the whole table.
-pub fn batches(changes: &Changes) -> Vec<Option<Vec<&Key>>> {
-    if changes.whole.is_some() {
-        return vec![None];
-    }
-    let keys: Vec<&Key> = changes.keys.keys().collect();
-    keys.chunks(BATCH).map(|c| Some(c.to_vec())).collect()
-}
-
-/// Keys that the destination has, or the cycle speaks of, and the source does not derive any more.
-pub fn missing<S: Session>(
-    destination: &mut Store<S>,
-    index: usize,
-    keys: Option<&[&Key]>,
-    derived: &Derived,
-) -> Result<Vec<Key>> {
-    let all = match keys {
-        Some(keys) => keys.iter().map(|k| (*k).clone()).collect(),
-        None => destination.present(index, None)?,
-    };
-    Ok(all.into_iter().filter(|k| !derived.rows.contains_key(k) && !derived.refused.contains_key(k)).collect())
 }

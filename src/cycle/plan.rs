@@ -2,15 +2,17 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::Incoming;
-use super::apply::{Application, Aside, Contended, Rows, Written, missing};
-use super::write::BATCH;
-use crate::conflict::{Node, Scope, decide};
+use super::apply::{Application, Aside, Contended, Rows, Written};
+use super::backlog::Incoming;
+use crate::conflict::{Node, decide};
 use crate::context::{FirstStore, SecondStore};
 use crate::error::{Result, Side};
 use crate::mapping::model::Policy;
 use crate::mapping::rule::Pair;
-use crate::store::{Changes, Key, Session, Snapshot, Store};
+use crate::store::{BATCH, Key, Session, Snapshot, Store, in_batches};
+
+/// Bytes that the rows of one direction, or the images of conflicts, may have in memory.
+pub const ROOM: usize = 8 << 20;
 
 struct ConflictRow {
     key: Key,
@@ -29,7 +31,8 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// Reads the rows and decides, in the transactions that both stores are in.
+    /// Reads the rows and decides, in the transactions that both stores are in. None if the rows of a direction have more than `room` bytes.
+    #[allow(clippy::too_many_arguments)]
     pub fn make(
         policy: Policy,
         pairs: &[Pair],
@@ -37,7 +40,8 @@ impl Plan {
         second: &mut SecondStore,
         mut forward: Incoming,
         mut backward: Incoming,
-    ) -> Result<Plan> {
+        room: usize,
+    ) -> Result<Option<Plan>> {
         let mut links: BTreeSet<(Node, Node)> = BTreeSet::new();
         // Rows that nobody has changed and that are in the way all the same: derived anew with the others.
         let mut stale: [BTreeSet<Node>; 2] = Default::default();
@@ -49,34 +53,45 @@ impl Plan {
             for (table, key) in &stale[1] {
                 decisions[*table].take_along(key, Side::Second);
             }
-            let (mut rows_forward, mut rows_backward) = (Vec::new(), Vec::new());
-            for (i, decision) in decisions.iter().enumerate() {
-                rows_forward.push(rows_of(first, second, i, &decision.forward)?);
-                rows_backward.push(rows_of(second, first, i, &decision.backward)?);
-            }
+            let forward_keys = decisions.iter().map(|d| &d.forward);
+            let Some(rows_forward) = rows_of(first, forward_keys, room)? else { return Ok(None) };
+            let backward_keys = decisions.iter().map(|d| &d.backward);
+            let Some(rows_backward) = rows_of(second, backward_keys, room)? else { return Ok(None) };
             let mut news = false;
             for (mine, other) in collisions(second, &rows_forward)? {
-                news |= join(&mut links, &mut stale[0], mine, other, &mut backward, &rows_backward);
+                // What of the other row is owed, in either direction, is decided with it.
+                news |= forward.wake(second, other.0, &[&other.1])? | backward.wake(first, other.0, &[&other.1])?;
+                news |= join(&mut links, &mut stale[0], mine, other, &backward, &rows_backward);
             }
             for (mine, other) in collisions(first, &rows_backward)? {
-                news |= join(&mut links, &mut stale[1], mine, other, &mut forward, &rows_forward);
+                news |= forward.wake(second, other.0, &[&other.1])? | backward.wake(first, other.0, &[&other.1])?;
+                news |= join(&mut links, &mut stale[1], mine, other, &forward, &rows_forward);
             }
             if news {
                 continue;
             }
-            let mut conflicts = Vec::new();
+            let (mut conflicts, mut left) = (Vec::new(), room);
             for (i, decision) in decisions.iter().enumerate() {
-                conflicts.push(conflict_rows(first, second, i, &decision.conflicts)?);
+                let Some(rows) = conflict_rows(first, second, i, &decision.conflicts, &mut left)? else {
+                    return Ok(None);
+                };
+                conflicts.push(rows);
             }
             debug_assert_eq!(pairs.len(), decisions.len());
-            return Ok(Plan {
+            return Ok(Some(Plan {
                 forward: rows_forward,
                 backward: rows_backward,
                 conflicts,
                 incoming_forward: forward,
                 incoming_backward: backward,
-            });
+            }));
         }
+    }
+
+    /// Of the rows of the direction that has more.
+    pub fn bytes(&self) -> usize {
+        let of = |rows: &[Rows]| rows.iter().map(|r| r.bytes).sum::<usize>();
+        of(&self.forward).max(of(&self.backward))
     }
 
     pub fn scopes(&self) -> usize {
@@ -88,8 +103,7 @@ impl Plan {
     }
 
     pub fn oldest(&self) -> Option<i64> {
-        let all = self.incoming_forward.changes.iter().chain(&self.incoming_backward.changes);
-        all.filter_map(Changes::oldest).min()
+        self.incoming_forward.oldest().into_iter().chain(self.incoming_backward.oldest()).min()
     }
 
     /// Is there anything for the first store: rows, conflicts, or a watermark to advance?
@@ -176,22 +190,24 @@ fn record_conflict<S: Session>(session: &mut S, name: &str, table: &str, c: &Con
         .map(drop)
 }
 
-fn rows_of<A: Session, B: Session>(
-    source: &mut Store<A>,
-    destination: &mut Store<B>,
-    index: usize,
-    scope: &Scope,
-) -> Result<Rows> {
-    if scope.is_empty() {
-        return Ok(Rows::default());
+/// The rows of all tables that one direction writes; None if they have more than `room` bytes.
+fn rows_of<'k, S: Session>(
+    source: &mut Store<S>,
+    keys: impl Iterator<Item = &'k BTreeSet<Key>>,
+    mut room: usize,
+) -> Result<Option<Vec<Rows>>> {
+    let mut all = Vec::new();
+    for (i, keys) in keys.enumerate() {
+        let derived = source.derive_up_to(i, &keys.iter().collect::<Vec<_>>(), room)?;
+        if derived.full {
+            return Ok(None);
+        }
+        room -= derived.bytes;
+        let is_there = |k: &&Key| derived.rows.contains_key(*k) || derived.refused.contains_key(*k);
+        let deletes = keys.iter().filter(|k| !is_there(k)).cloned().collect();
+        all.push(Rows { upserts: derived.rows, deletes, refused: derived.refused, bytes: derived.bytes });
     }
-    let keys: Option<Vec<&Key>> = match scope {
-        Scope::Keys(keys) => Some(keys.iter().collect()),
-        Scope::Whole => None,
-    };
-    let derived = source.derive(index, keys.as_deref())?;
-    let deletes = missing(destination, index, keys.as_deref(), &derived)?.into_iter().collect();
-    Ok(Rows { upserts: derived.rows, deletes, refused: derived.refused })
+    Ok(Some(all))
 }
 
 /// Rows that cannot stand beside what `rows` make of a store: `(row of ours, row of the store's)`. A row that wants a unique value of
@@ -201,7 +217,7 @@ fn collisions<S: Session>(store: &mut Store<S>, rows: &[Rows]) -> Result<Vec<(No
     for (i, table) in rows.iter().enumerate() {
         let upserts: Vec<&str> = table.upserts.values().map(String::as_str).collect();
         if store.has_uniques(i, false) {
-            for upserts in upserts.chunks(BATCH) {
+            for upserts in in_batches(&upserts, |row| row.len()) {
                 let pairs = store.in_the_way(i, upserts, false)?;
                 found.extend(pairs.into_iter().map(|(mine, other)| ((i, mine), (i, other))));
             }
@@ -213,9 +229,7 @@ fn collisions<S: Session>(store: &mut Store<S>, rows: &[Rows]) -> Result<Vec<(No
             for deletes in deletes.chunks(BATCH) {
                 pairs.extend(store.children(&reference, deletes)?);
             }
-            for upserts in upserts.chunks(BATCH) {
-                pairs.extend(store.children_left(&reference, upserts)?);
-            }
+            pairs.extend(store.children_left(&reference, &upserts)?);
             let nodes = pairs.into_iter().filter_map(|(parent, child)| Some(((i, parent), (child_table, child?))));
             found.extend(nodes);
         }
@@ -231,43 +245,47 @@ fn join(
     stale: &mut BTreeSet<Node>,
     mine: Node,
     other: Node,
-    opposite: &mut Incoming,
+    opposite: &Incoming,
     opposite_rows: &[Rows],
 ) -> bool {
     let (table, key) = &other;
-    if let Some(owed) = opposite.owed[*table].iter().find(|o| o.key == *key) {
-        opposite.changes[*table].add(key.clone(), owed.at);
-    }
-    let changes = &opposite.changes[*table];
-    if changes.whole.is_some() || changes.keys.contains_key(key) || opposite_rows[*table].has(key) {
+    if opposite.changes[*table].keys.contains_key(key) || opposite_rows[*table].has(key) {
         links.insert((mine, other))
     } else {
         stale.insert(other)
     }
 }
 
-/// Both images of each conflict; none is recorded where both stores derive the same row.
+/// Both images of each conflict; none is recorded where both stores derive the same row. None if they leave no room.
 fn conflict_rows(
     first: &mut FirstStore,
     second: &mut SecondStore,
     index: usize,
     conflicts: &BTreeMap<Key, Side>,
-) -> Result<Vec<ConflictRow>> {
+    room: &mut usize,
+) -> Result<Option<Vec<ConflictRow>>> {
     if conflicts.is_empty() {
-        return Ok(Vec::new());
+        return Ok(Some(Vec::new()));
     }
     let keys: Vec<&Key> = conflicts.keys().collect();
-    let (derived, stored) = (first.derive(index, Some(&keys))?.rows, second.derive(index, Some(&keys))?.rows);
-    let differing: Vec<&Key> = keys.into_iter().filter(|k| derived.get(*k) != stored.get(*k)).collect();
+    let derived = first.derive_up_to(index, &keys, *room)?;
+    let stored = second.derive_up_to(index, &keys, *room)?;
+    if derived.full || stored.full {
+        return Ok(None);
+    }
+    *room -= derived.bytes.max(stored.bytes);
+    let differing: Vec<&Key> = keys.into_iter().filter(|k| derived.rows.get(*k) != stored.rows.get(*k)).collect();
     let (mut a, mut b) = (first.images(index, &differing)?, second.images(index, &differing)?);
-    Ok(conflicts
-        .iter()
-        .filter(|(k, _)| differing.contains(k))
-        .map(|(key, kept)| ConflictRow {
-            key: key.clone(),
-            kept: *kept,
-            first_image: a.remove(key),
-            second_image: b.remove(key),
-        })
-        .collect())
+    Ok(Some(
+        conflicts
+            .iter()
+            .filter(|(k, _)| differing.contains(k))
+            .map(|(key, kept)| ConflictRow {
+                key: key.clone(),
+                kept: *kept,
+                first_image: a.remove(key),
+                second_image: b.remove(key),
+            })
+            .collect(),
+    ))
 }

@@ -3,10 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::error::{Error, Result};
-use crate::store::{Key, Owed, Session, Store};
-
-/// Rows written by one statement.
-pub const BATCH: usize = 1000;
+use crate::store::{Key, Owed, Session, Store, in_batches};
 
 /// The new rows of some keys, as far as the same cycle may write them: None, where the row is to go.
 pub type Others<'w> = dyn FnMut(&[Key]) -> Result<BTreeMap<Key, Option<String>>> + 'w;
@@ -35,7 +32,16 @@ impl<'w> Writer<'w> {
 
     /// Writes rows in batches; one that the store refuses is found by halving, and parked.
     pub fn write<S: Session>(&mut self, store: &mut Store<S>, rows: &[(&Key, &str)]) -> Result<()> {
-        rows.chunks(BATCH).try_for_each(|batch| self.write_batch(store, batch))
+        in_batches(rows, |(_, row)| row.len()).into_iter().try_for_each(|batch| self.write_batch(store, batch))
+    }
+
+    /// Writes rows in batches, without savepoints: one that the store refuses is an error that ends the transaction.
+    pub fn write_all<S: Session>(&mut self, store: &mut Store<S>, rows: &[(&Key, &str)]) -> Result<()> {
+        for batch in in_batches(rows, |(_, row)| row.len()) {
+            let rows: Vec<&str> = batch.iter().map(|(_, row)| *row).collect();
+            self.written += store.upsert(self.index, &rows)?;
+        }
+        Ok(())
     }
 
     fn write_batch<S: Session>(&mut self, store: &mut Store<S>, batch: &[(&Key, &str)]) -> Result<()> {

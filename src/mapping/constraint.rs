@@ -151,7 +151,7 @@ impl Reference {
 
     /// `(key of a parent, key of a child that refers to it, or NULL for a child outside)` for the parents in `$1`.
     pub fn children(&self, parent: &StoreTable, child: Option<&StoreTable>) -> String {
-        let (from, _) = parent.keyed(&parent.rel, "crossover_p", &parent.key, false);
+        let (from, _) = parent.keyed(&parent.rel, "crossover_p", &parent.key);
         format!(
             "SELECT DISTINCT crossover_q.crossover_key, {child_key} FROM (SELECT {key} AS crossover_key, {values} {from}) AS crossover_q \
              JOIN {child} AS crossover_c ON {on}",
@@ -223,7 +223,7 @@ impl Reference {
     }
 
     fn referring(&self, child: &StoreTable, parent_key: &str) -> String {
-        let (from, _) = child.keyed(&child.rel, "crossover_c", &child.key, false);
+        let (from, _) = child.keyed(&child.rel, "crossover_c", &child.key);
         format!(
             "SELECT {key} AS crossover_key, {parent_key} AS crossover_parent, {values} {from}",
             key = key_text("crossover_c", &child.key),

@@ -90,18 +90,13 @@ impl<S: Session> Store<S> {
         Ok(orphans)
     }
 
-    /// The keys of all rows of a table that violate what replica mode does not check, as far as the other store has not the same.
-    pub fn violations(&mut self, index: usize) -> Result<Vec<Key>> {
+    /// Queries for the keys of all rows of a table that violate what replica mode does not check, as far as the other store has not the same.
+    pub fn violations(&self, index: usize) -> Vec<String> {
         let references = self.constraints.parents_of(index).into_iter().filter(|r| !r.mirrored);
         let dangling = references.map(|r| r.dangling(&self.tables[index], r.parent_index.map(|p| &self.tables[p])));
         let uniques = self.constraints.uniques.get(index).into_iter().flatten().filter(|u| u.deferrable);
         let repeated = uniques.map(|u| u.repeated(&self.tables[index]));
-        let queries: Vec<String> = dangling.chain(repeated).collect();
-        let mut keys = BTreeSet::new();
-        for sql in queries {
-            keys.extend(self.session.query(&sql, &[])?.into_iter().filter_map(|mut r| r.pop().flatten()));
-        }
-        Ok(keys.into_iter().collect())
+        dangling.chain(repeated).collect()
     }
 
     /// Writes `rows`, of which the `displaced` are deleted before, so that their unique values are free; None: the row is to go.
@@ -114,7 +109,7 @@ impl<S: Session> Store<S> {
     ) -> Result<u64> {
         let keys: Vec<&Key> = displaced.iter().collect();
         let unmapped = match self.tables[index].unmapped() {
-            Some(sql) => self.by_key(&sql, Some(&keys))?,
+            Some(sql) => self.by_key(&sql, &keys)?,
             None => BTreeMap::new(),
         };
         self.delete(index, &keys)?;

@@ -13,6 +13,7 @@ mod library;
 mod result;
 
 use std::ffi::{CString, c_char, c_int, c_long, c_void};
+use std::ops::ControlFlow;
 use std::ptr::{self, NonNull};
 use std::time::{Duration, Instant};
 
@@ -26,6 +27,9 @@ pub use self::library::{SendQuery, known_keywords, own_send_query};
 
 /// One row, in the server's text format; `None` is NULL.
 pub type Row = Vec<Option<String>>;
+
+/// What takes the rows of a stream, in the server's text format, and says whether more are wanted.
+pub type Each<'e> = dyn FnMut(&[Option<&[u8]>]) -> Result<ControlFlow<()>> + 'e;
 
 /// What the server sees where neither the caller nor the environment names an application.
 const APPLICATION_NAME: &str = "pg_crossover";
@@ -138,6 +142,25 @@ impl Connection {
         Ok(self.finish()?.map_or(0, |result| result.rows_affected()))
     }
 
+    /// Runs one statement and hands its rows over one by one, as they come, so that no more than one is in memory. After `Break`, and
+    /// after an error of `each`, the others are received and forgotten. Errors as [`Connection::query`].
+    pub fn stream(&mut self, sql: &str, params: &[Option<&str>], each: &mut Each) -> Result<()> {
+        self.send(sql, params)?;
+        // SAFETY: the connection is live; a statement has just been sent, and nothing of its result is read.
+        unsafe { pq_sys::PQsetSingleRowMode(self.raw()) };
+        let mut stopped = None;
+        self.collect_rows(&mut |row| {
+            if stopped.is_none() {
+                match row.with_bytes(0, |values| each(values)) {
+                    Ok(ControlFlow::Continue(())) => {}
+                    Ok(ControlFlow::Break(())) => stopped = Some(Ok(())),
+                    Err(e) => stopped = Some(Err(e)),
+                }
+            }
+        })?;
+        stopped.unwrap_or(Ok(()))
+    }
+
     /// Runs several statements, separated by semicolons, whose rows do not matter. Errors as [`Connection::query`].
     pub fn batch(&mut self, sql: &str) -> Result<()> {
         let sql = c_string(sql)?;
@@ -230,6 +253,11 @@ impl Connection {
 
     /// Waits for all results of what was sent, and returns the last one, or the first error.
     fn collect(&mut self) -> Result<Option<ServerResult>> {
+        self.collect_rows(&mut |_| {})
+    }
+
+    /// The same; rows that come one by one go to `each`.
+    fn collect_rows(&mut self, each: &mut dyn FnMut(&ServerResult)) -> Result<Option<ServerResult>> {
         self.flush()?;
         let mut last = None;
         let mut error = None;
@@ -251,6 +279,7 @@ impl Connection {
                 ExecStatusType::PGRES_COPY_IN | ExecStatusType::PGRES_COPY_OUT | ExecStatusType::PGRES_COPY_BOTH => {
                     return Ok(Some(result));
                 }
+                ExecStatusType::PGRES_SINGLE_TUPLE => each(&result),
                 _ => last = Some(result),
             }
         }

@@ -3,6 +3,8 @@
 //! Owns the transaction state of the process: nothing else in a worker may start or end a transaction. Statements run
 //! as the migration's owner (the worker's session user); the `admin_` ones as the extension's owner.
 
+mod receiver;
+
 use std::ffi::{CStr, CString};
 use std::panic::AssertUnwindSafe;
 use std::time::{Duration, Instant};
@@ -11,7 +13,7 @@ use pgrx::PgList;
 use pgrx::pg_sys;
 use pgrx::prelude::*;
 
-use super::{Isolation, Row, Session, parse};
+use super::{Each, Isolation, Row, Session, parse};
 use crate::error::{Error, Result, ServerError, Side, unpack};
 
 /// What a subtransaction must put back.
@@ -261,59 +263,6 @@ impl LocalSession {
         result
     }
 
-    /// Streams a query's rows through `each`, `fetch` at a time, as text of the output functions.
-    pub fn stream(
-        &mut self,
-        sql: &str,
-        params: &[Option<&str>],
-        fetch: i64,
-        mut each: impl FnMut(&[Option<&[u8]>]) -> Result<()>,
-    ) -> Result<u64> {
-        catch(|| {
-            with_spi(|| {
-                let source = c_sql(sql);
-                let mut a = Arguments::new(params);
-                // SAFETY: as in `run`; the portal is closed below, or by the transaction's abort.
-                unsafe {
-                    let portal = pg_sys::SPI_cursor_open_with_args(
-                        std::ptr::null(),
-                        source.as_ptr(),
-                        a.types.len() as i32,
-                        a.types.as_mut_ptr(),
-                        a.values.as_mut_ptr(),
-                        a.nulls.as_ptr(),
-                        true,
-                        0,
-                    );
-                    let mut total = 0;
-                    loop {
-                        pg_sys::SPI_cursor_fetch(portal, true, fetch);
-                        let n = pg_sys::SPI_processed as usize;
-                        let table = pg_sys::SPI_tuptable;
-                        if n == 0 || table.is_null() {
-                            break;
-                        }
-                        let desc = (*table).tupdesc;
-                        for i in 0..n {
-                            let tuple = *(*table).vals.add(i);
-                            let values: Vec<*mut std::ffi::c_char> =
-                                (1..=(*desc).natts).map(|c| pg_sys::SPI_getvalue(tuple, desc, c)).collect();
-                            let row: Vec<Option<&[u8]>> =
-                                values.iter().map(|v| (!v.is_null()).then(|| CStr::from_ptr(*v).to_bytes())).collect();
-                            each(&row)?;
-                            drop(row);
-                            values.iter().filter(|v| !v.is_null()).for_each(|v| pg_sys::pfree((*v).cast()));
-                        }
-                        total += n as u64;
-                        pg_sys::SPI_freetuptable(table);
-                    }
-                    pg_sys::SPI_cursor_close(portal);
-                    Ok(total)
-                }
-            })
-        })?
-    }
-
     /// Locks relations of this server in `mode`, each wait bounded by what is left of `deadline`; held until the transaction
     /// ends. LOCK TABLE will not do: it also locks what a view reads.
     ///
@@ -439,6 +388,10 @@ impl Session for LocalSession {
 
     fn execute(&mut self, sql: &str, params: &[Option<&str>]) -> Result<u64> {
         self.guarded(false, || run(sql, params))
+    }
+
+    fn stream(&mut self, sql: &str, params: &[Option<&str>], each: &mut Each) -> Result<()> {
+        self.guarded(false, || receiver::stream(sql, params, each))?
     }
 
     fn batch(&mut self, sql: &str) -> Result<()> {

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use super::libpq::{Connection, Row, known_keywords};
 use super::local::millis;
-use super::{Isolation, Session, parse};
+use super::{Each, Isolation, Session, parse};
 use crate::error::{Error, Result, Side};
 use crate::mapping::sql::{session_settings, set_statement};
 
@@ -105,6 +105,10 @@ impl Session for RemoteSession {
 
     fn execute(&mut self, sql: &str, params: &[Option<&str>]) -> Result<u64> {
         self.armed().execute(sql, params)
+    }
+
+    fn stream(&mut self, sql: &str, params: &[Option<&str>], each: &mut Each) -> Result<()> {
+        self.armed().stream(sql, params, each)
     }
 
     fn batch(&mut self, sql: &str) -> Result<()> {

@@ -323,17 +323,17 @@ impl Worker {
         }
         let outcome = cycle::run(&mut self.ctx, retry_parked)?;
         self.copied += outcome.rows;
-        if outcome.scopes < CAUGHT_UP {
+        if outcome.scopes.max(outcome.left) < CAUGHT_UP {
             self.caught_up_at = Instant::now();
         }
-        if phase == Phase::Reconciling && outcome.contended == 0 {
+        if phase == Phase::Reconciling && outcome.left == 0 {
             reconcile::done(&mut self.ctx)?;
         }
-        if phase == Phase::FencePending {
+        if phase == Phase::FencePending && outcome.left < CAUGHT_UP {
             let order = Order::by_worker(&self.ctx, Duration::from_secs(2));
             switch::fence_pending(&mut self.ctx, &order)?;
         }
-        if phase == Phase::CatchingUp && outcome.scopes < CAUGHT_UP && outcome.contended == 0 {
+        if phase == Phase::CatchingUp && outcome.scopes < CAUGHT_UP && outcome.left == 0 {
             if copy::owe_violations(&mut self.ctx)? > 0 {
                 return Ok(Next::Again);
             }
@@ -650,7 +650,7 @@ impl Worker {
                 count: outcome.parked as i64,
             })));
         }
-        Ok((outcome.contended == 0).then_some(Ok(())))
+        Ok((outcome.left == 0).then_some(Ok(())))
     }
 
     fn answer(&mut self, request: &str, result: &Result<()>) -> Result<()> {
@@ -751,8 +751,9 @@ impl Worker {
         }
         self.figures_at = Instant::now() + FIGURES_EVERY;
         let id = self.id();
-        let (rows, parked) = (outcome.scopes.to_string(), outcome.parked.to_string());
-        let since = outcome.oldest.filter(|_| outcome.scopes > 0).map(|m| m.to_string());
+        let backlog = outcome.scopes.max(outcome.left);
+        let (rows, parked) = (backlog.to_string(), outcome.parked.to_string());
+        let since = outcome.oldest.filter(|_| backlog > 0).map(|m| m.to_string());
         self.write(
             "UPDATE crossover.activity SET backlog_rows = $2::text::bigint, backlog_since = to_timestamp($3::text::numeric / 1000000), \
              parked = $4::text::bigint WHERE migration_id = $1::text::int \

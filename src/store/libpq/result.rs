@@ -32,21 +32,24 @@ impl ServerResult {
 
     pub(super) fn rows(&self) -> Result<Vec<Row>> {
         // SAFETY: the result is live.
-        let (rows, columns) = unsafe { (pq_sys::PQntuples(self.raw()), pq_sys::PQnfields(self.raw())) };
-        (0..rows).map(|row| (0..columns).map(|column| self.value(row, column)).collect()).collect()
+        let rows = unsafe { pq_sys::PQntuples(self.raw()) };
+        (0..rows)
+            .map(|row| self.with_bytes(row, |values| values.iter().map(|v| v.map(utf8).transpose()).collect()))
+            .collect()
     }
 
-    fn value(&self, row: c_int, column: c_int) -> Result<Option<String>> {
-        // SAFETY: row and column exist; the value is as long as said and stays as long as the result.
-        let bytes = unsafe {
-            if pq_sys::PQgetisnull(self.raw(), row, column) != 0 {
-                return Ok(None);
-            }
-            let length = pq_sys::PQgetlength(self.raw(), row, column) as usize;
-            std::slice::from_raw_parts(pq_sys::PQgetvalue(self.raw(), row, column).cast::<u8>(), length)
+    /// Passes the values of a row, which exists, to `f`.
+    pub(super) fn with_bytes<T>(&self, row: c_int, f: impl FnOnce(&[Option<&[u8]>]) -> T) -> T {
+        // SAFETY: the result is live.
+        let columns = unsafe { pq_sys::PQnfields(self.raw()) };
+        // SAFETY: row and column exist; a value is as long as said and stays as long as the result.
+        let value = |column: c_int| unsafe {
+            (pq_sys::PQgetisnull(self.raw(), row, column) == 0).then(|| {
+                let length = pq_sys::PQgetlength(self.raw(), row, column) as usize;
+                std::slice::from_raw_parts(pq_sys::PQgetvalue(self.raw(), row, column).cast::<u8>(), length)
+            })
         };
-        // A database in SQL_ASCII sends what it has, whatever the client asked for.
-        String::from_utf8(bytes.to_vec()).map(Some).map_err(|_| bad_text("a value of the second server is not UTF-8"))
+        f(&(0..columns).map(value).collect::<Vec<_>>())
     }
 
     pub(super) fn rows_affected(&self) -> u64 {
@@ -78,6 +81,11 @@ impl Drop for ServerResult {
         // SAFETY: nobody uses the result after this.
         unsafe { pq_sys::PQclear(self.raw()) };
     }
+}
+
+/// A database in SQL_ASCII sends what it has, whatever the client asked for.
+fn utf8(bytes: &[u8]) -> Result<String> {
+    String::from_utf8(bytes.to_vec()).map_err(|_| bad_text("a value of the second server is not UTF-8"))
 }
 
 pub(super) fn connection_error(message: &str) -> Error {

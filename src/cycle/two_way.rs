@@ -1,0 +1,169 @@
+//! Both directions in one cycle, while both stores have clients: first commits first, with the conflicts; then second.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use super::Outcome;
+use super::apply::{Aside, Contended};
+use super::backlog::{Incoming, SCOPES, incoming, put_off};
+use super::plan::{Plan, ROOM};
+use crate::context::{FirstStore, SecondStore};
+use crate::error::{Result, Side};
+use crate::fault;
+use crate::mapping::model::Policy;
+use crate::mapping::rule::Pair;
+use crate::store::{Key, Micros, Session, Watermark};
+
+/// A write in `both` yields to a client after this long at one lock, well below PostgreSQL's deadlock_timeout of 1 s.
+const YIELD_AFTER: Duration = Duration::from_millis(200);
+
+/// How many scopes of either direction the next cycle takes: fewer where their rows are large.
+#[derive(Debug, Clone, Copy)]
+pub struct Appetite(usize);
+
+impl Default for Appetite {
+    fn default() -> Appetite {
+        Appetite(SCOPES)
+    }
+}
+
+impl Appetite {
+    /// Bytes that a plan's rows may have: one row of either store is never too large.
+    fn room(self) -> usize {
+        if self.0 == 1 { usize::MAX } else { ROOM }
+    }
+
+    fn shrink(&mut self, scopes: usize) {
+        self.0 = (scopes.min(self.0) / 4).max(1);
+    }
+
+    fn grow(&mut self) {
+        self.0 = (self.0 * 2).min(SCOPES);
+    }
+}
+
+pub fn run(
+    name: &str,
+    policy: Policy,
+    pairs: &[Pair],
+    first: &mut FirstStore,
+    second: &mut SecondStore,
+    retry_parked: bool,
+    appetite: &mut Appetite,
+) -> Result<Outcome> {
+    let s1 = first.begin_read()?;
+    let s2 = second.begin_read()?;
+    first.check_capture()?;
+    second.check_capture()?;
+    let mut forward = incoming(first, second, retry_parked, appetite.0)?;
+    let mut backward = incoming(second, first, retry_parked, appetite.0)?;
+    if forward.is_too_much() || backward.is_too_much() {
+        second.end_read()?;
+        first.end_read()?;
+        let mut scopes = 0;
+        if forward.is_too_much() {
+            scopes += put_off(first, second)?;
+        }
+        if backward.is_too_much() {
+            scopes += put_off(second, first)?;
+        }
+        return Ok(Outcome { scopes, left: scopes, ..Outcome::default() });
+    }
+    wake_both(first, second, &mut forward, &mut backward)?;
+    let parked = forward.owed.parked + backward.owed.parked;
+    if forward.is_empty() && backward.is_empty() {
+        second.end_read()?;
+        first.end_read()?;
+        return Ok(Outcome { parked, ..Outcome::default() });
+    }
+    let scopes = forward.scopes() + backward.scopes();
+    let before = [backward.owed, forward.owed];
+    let Some(plan) = Plan::make(policy, pairs, first, second, forward, backward, appetite.room())? else {
+        second.end_read()?;
+        first.end_read()?;
+        appetite.shrink(scopes);
+        return Ok(Outcome { scopes, left: scopes, parked, ..Outcome::default() });
+    };
+    second.end_read()?;
+    first.end_read()?;
+    fault::point("cycle:read")?;
+    let mut outcome = Outcome { scopes: plan.scopes(), oldest: plan.oldest(), ..Outcome::default() };
+    let counter2 = if plan.writes_first() { Some(second.flush()?) } else { None };
+    fault::point("cycle:flushed")?;
+
+    // What first owes to itself is, in a conflict, owed to second as well: the next cycle must see both changes.
+    let mut aside = Aside::none(pairs.len());
+    let counter1;
+    let mut owed = before;
+    loop {
+        first.begin_write()?;
+        first.session.set_lock_timeout(YIELD_AFTER)?;
+        let written = plan.write_first(first, pairs, name, &s1, &mut aside, Contended::Skip, Some(Side::First))?;
+        outcome.rows += written.rows;
+        if written.again {
+            first.session.rollback();
+            continue;
+        }
+        owed[0] = written.owed;
+        if let Some(counter) = counter2 {
+            first.set_watermark(&Watermark { snapshot: s2.clone(), counter })?;
+        }
+        fault::point("cycle:first-written")?;
+        counter1 = bump(first)?;
+        first.session.commit()?;
+        break;
+    }
+    fault::point("cycle:first-committed")?;
+    outcome.contended += aside.iter().map(|a| a.held.len()).sum::<usize>();
+    if plan.writes_second() {
+        let mut aside2 = Aside::none(pairs.len());
+        loop {
+            second.begin_write()?;
+            second.session.set_lock_timeout(YIELD_AFTER)?;
+            let written = plan.write_second(second, &s2, &aside, &mut aside2, Contended::Skip)?;
+            outcome.rows += written.rows;
+            if written.again {
+                second.session.rollback();
+                continue;
+            }
+            owed[1] = written.owed;
+            second.set_watermark(&Watermark { snapshot: s1.clone(), counter: counter1 })?;
+            fault::point("cycle:second-written")?;
+            second.session.commit()?;
+            break;
+        }
+        outcome.contended += aside2.iter().map(|a| a.held.len()).sum::<usize>();
+        fault::point("cycle:second-committed")?;
+    }
+    outcome.parked = owed.iter().map(|o| o.parked).sum();
+    outcome.left = owed.iter().map(|o| o.waiting).sum();
+    if plan.bytes() < ROOM / 4 {
+        appetite.grow();
+    }
+    Ok(outcome)
+}
+
+/// A scope that is owed to one store and changes on that store takes part in the decision at once, whether it is its turn or not, parked or
+/// not: or its image would be overwritten unseen.
+pub fn wake_both(
+    first: &mut FirstStore,
+    second: &mut SecondStore,
+    forward: &mut Incoming,
+    backward: &mut Incoming,
+) -> Result<()> {
+    fn keys(keys: &BTreeMap<Key, Micros>) -> Vec<&Key> {
+        keys.keys().collect()
+    }
+    for i in 0..forward.changes.len() {
+        forward.wake(second, i, &keys(&backward.changes[i].keys))?;
+        backward.wake(first, i, &keys(&forward.changes[i].keys))?;
+    }
+    Ok(())
+}
+
+/// Increments first's counter in the transaction that is about to commit: its commit is what flushes.
+pub fn bump(first: &mut FirstStore) -> Result<i64> {
+    let sql = format!("UPDATE {} SET n = n + 1 RETURNING n", first.objects.counter());
+    let rows = first.session.admin_query(&sql, &[])?;
+    crate::store::parse(rows.first().and_then(|r| r[0].as_deref()).unwrap_or("0"))
+}
