@@ -46,7 +46,8 @@ const KEEPS_UP: Duration = Duration::from_secs(10);
 const VERSION_EVERY: Duration = Duration::from_secs(1);
 /// The pause before a copy worker that has ended is replaced.
 const COPIER_EVERY: Duration = Duration::from_millis(500);
-/// Scopes in a catching-up cycle below which the copy counts as caught up.
+/// Scopes in a catching-up cycle below which the copy counts as caught up; so it does where cycles do not get smaller any more: then
+/// that is what clients change meanwhile.
 const CAUGHT_UP: usize = 1000;
 
 #[pg_guard]
@@ -122,6 +123,8 @@ struct Worker {
     /// Of `crossover.max_log_size`, in percent, as far as it has been warned of.
     warned: i64,
     caught_up_at: Instant,
+    /// Scopes of the catching-up cycle before.
+    caught_up_with: usize,
     copied: u64,
     had_error: bool,
     /// When a diverged migration was looked at last.
@@ -185,6 +188,7 @@ fn run(assignment: Assignment) -> Result<()> {
         log_size_at: now,
         warned: 0,
         caught_up_at: now,
+        caught_up_with: usize::MAX,
         copied: 0,
         had_error: true,
         diverged_at: now,
@@ -333,7 +337,11 @@ impl Worker {
             let order = Order::by_worker(&self.ctx, Duration::from_secs(2));
             switch::fence_pending(&mut self.ctx, &order)?;
         }
-        if phase == Phase::CatchingUp && outcome.scopes < CAUGHT_UP && outcome.left == 0 {
+        let settled = outcome.scopes < CAUGHT_UP || outcome.scopes > self.caught_up_with / 2;
+        if phase == Phase::CatchingUp && !settled {
+            self.caught_up_with = outcome.scopes;
+        }
+        if phase == Phase::CatchingUp && settled && outcome.left == 0 {
             if copy::owe_violations(&mut self.ctx)? > 0 {
                 return Ok(Next::Again);
             }
@@ -386,6 +394,7 @@ impl Worker {
             return Ok(Next::Wait(Duration::from_millis(100)));
         }
         self.copied = 0;
+        self.caught_up_with = usize::MAX;
         Ok(Next::Again)
     }
 
