@@ -1,6 +1,7 @@
 //! Rows into a store where clients write as well: deletes, upserts, what they need and what needs them, and the second look at the log.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::time::{Duration, Instant};
 
 use super::backlog::Incoming;
 use super::write::Writer;
@@ -8,6 +9,10 @@ use crate::error::Result;
 use crate::fault;
 use crate::mapping::constraint::Reference;
 use crate::store::{BATCH, Derived, Key, Owed, OwedCount, Session, Snapshot, Store, in_batches};
+
+/// How long a write that gives way may wait for clients, all its locks together: well below the deadlock_timeout of 1 s of a client that
+/// waits for one of ours meanwhile.
+const GIVE_WAY: Duration = Duration::from_millis(400);
 
 /// What to do with a row that a client holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -83,6 +88,7 @@ impl<'a, S: Session> Application<'a, S> {
     /// other store left out of the same plan.
     pub fn run(&mut self, also_owed: &[Aside], contended: Contended) -> Result<Written> {
         let mut written = Written { rows: 0, parked: 0, owed: OwedCount::default(), again: false };
+        let deadline = (contended == Contended::Skip).then(|| Instant::now() + GIVE_WAY);
         if contended == Contended::Skip {
             self.lock_rows()?;
         }
@@ -95,9 +101,13 @@ impl<'a, S: Session> Application<'a, S> {
         }
         let mut parked: Vec<Vec<Owed>> = Vec::new();
         for i in 0..self.rows.len() {
-            let (rows, owed) = self.upsert(i, contended)?;
+            let (rows, owed) = self.upsert(i, deadline)?;
             written.rows += rows;
             parked.push(owed);
+        }
+        if deadline.is_some() {
+            // From here on we lock nothing that clients have.
+            self.store.session.set_lock_timeout(GIVE_WAY / 2)?;
         }
         written.again = self.look_at_constraints()? | self.look_again()?;
         if written.again {
@@ -183,7 +193,7 @@ impl<'a, S: Session> Application<'a, S> {
         }
     }
 
-    fn upsert(&mut self, i: usize, contended: Contended) -> Result<(u64, Vec<Owed>)> {
+    fn upsert(&mut self, i: usize, deadline: Option<Instant>) -> Result<(u64, Vec<Owed>)> {
         let (upserts, _) = self.left(i);
         let (rows, incoming, aside) = (self.rows, self.incoming, self.aside[i].clone());
         let at = |key: &Key| incoming.changes[i].at(key);
@@ -192,7 +202,8 @@ impl<'a, S: Session> Application<'a, S> {
             let of = |key: &Key| rows[i].upserts.get(key).map(|row| (key.clone(), Some(row.clone())));
             Ok(keys.iter().filter(|k| !aside.has(k)).filter_map(of).collect())
         };
-        let mut writer = Writer::new(i, contended == Contended::Skip, &at, &mut others);
+        let mut writer = Writer::new(i, deadline.is_some(), &at, &mut others);
+        writer.deadline = deadline;
         writer.write(self.store, &upserts)?;
         let (written, mut parked, held, collided) = (writer.written, writer.parked, writer.held, writer.collided);
         self.aside[i].held.extend(held);

@@ -1,6 +1,7 @@
 //! Upserts in batches: a value that moves between rows, a row that is refused, a row that somebody holds.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
 use crate::store::{Key, Owed, Session, Store, in_batches};
@@ -13,6 +14,8 @@ pub struct Writer<'w> {
     index: usize,
     /// A row that has to wait for a client is `held`; otherwise that is an error.
     yields: bool,
+    /// Until when it may wait for clients, all its locks together, while they wait for those that this transaction has.
+    pub deadline: Option<Instant>,
     at: &'w dyn Fn(&Key) -> i64,
     others: &'w mut Others<'w>,
     /// Rows that differed from what was there.
@@ -27,7 +30,7 @@ pub struct Writer<'w> {
 impl<'w> Writer<'w> {
     pub fn new(index: usize, yields: bool, at: &'w dyn Fn(&Key) -> i64, others: &'w mut Others<'w>) -> Writer<'w> {
         let (parked, held, collided) = (Vec::new(), Vec::new(), BTreeSet::new());
-        Writer { index, yields, at, others, written: 0, parked, held, collided }
+        Writer { index, yields, deadline: None, at, others, written: 0, parked, held, collided }
     }
 
     /// Writes rows in batches; one that the store refuses is found by halving, and parked.
@@ -46,6 +49,7 @@ impl<'w> Writer<'w> {
 
     fn write_batch<S: Session>(&mut self, store: &mut Store<S>, batch: &[(&Key, &str)]) -> Result<()> {
         let rows: Vec<&str> = batch.iter().map(|(_, row)| *row).collect();
+        let late = self.hurry(store)?;
         store.session.savepoint()?;
         let error = match store.upsert(self.index, &rows) {
             Ok(written) => {
@@ -67,7 +71,9 @@ impl<'w> Writer<'w> {
             return Ok(());
         }
         match batch {
-            [(key, _)] if error.is_contention() => self.held.push((*key).clone()),
+            _ if error.is_contention() && (batch.len() == 1 || late) => {
+                self.held.extend(batch.iter().map(|(key, _)| (*key).clone()));
+            }
             [(key, row)] => self.park(key, row, &error),
             _ => {
                 let (a, b) = batch.split_at(batch.len() / 2);
@@ -76,6 +82,16 @@ impl<'w> Writer<'w> {
             }
         }
         Ok(())
+    }
+
+    /// Lets the next lock wait for half of the time that is left, so that there is some left for those that come after it. True when
+    /// there is none.
+    fn hurry<S: Session>(&self, store: &mut Store<S>) -> Result<bool> {
+        const SHORTEST: Duration = Duration::from_millis(5);
+        let Some(deadline) = self.deadline else { return Ok(false) };
+        let left = deadline.saturating_duration_since(Instant::now());
+        store.session.set_lock_timeout((left / 2).max(SHORTEST))?;
+        Ok(left <= SHORTEST)
     }
 
     fn park(&mut self, key: &Key, row: &str, error: &Error) {
