@@ -15,6 +15,7 @@ use crate::cycle::write::Writer;
 use crate::error::{Error, Result};
 use crate::fault;
 use crate::mapping::text::copy_line;
+use crate::settings;
 use crate::store::{Derived, Isolation, Session, parse};
 
 /// Bytes collected before they are handed to the connection.
@@ -289,7 +290,19 @@ pub fn analyze(ctx: &mut Context) -> Result<()> {
     second.session.set_patience(PATIENCE);
     for i in 0..second.tables.len() {
         let sql = format!("ANALYZE {}", second.tables[i].rel);
-        second.session.batch(&sql)?;
+        let session = &mut second.session;
+        session.begin(Isolation::ReadCommitted, &[])?;
+        // An autovacuum that has the lock goes; for whoever else has it nobody waits.
+        let analyzed = (session.become_replica())
+            .and_then(|()| session.set_lock_timeout(settings::lock_attempt()))
+            .and_then(|()| session.batch(&sql))
+            .and_then(|()| session.commit());
+        if let Err(e) = analyzed {
+            session.rollback();
+            if !e.is_contention() {
+                return Err(e);
+            }
+        }
     }
     for name in names {
         let session = &mut ctx.first.session;

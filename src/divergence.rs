@@ -244,6 +244,7 @@ fn mend_fence(ctx: &mut Context) -> Result<()> {
         State::First if wanted && fenced.contains(&false) => set_phase(ctx, Phase::FencePending),
         State::Both | State::Second if fenced.contains(&true) => {
             second.session.begin(Isolation::ReadCommitted, &[])?;
+            second.session.become_replica()?;
             second.session.set_lock_timeout(settings::lock_attempt())?;
             second.set_fence(false)?;
             second.session.commit()

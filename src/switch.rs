@@ -439,7 +439,13 @@ fn lock_second(ctx: &mut Context, deadline: Instant) -> Result<()> {
 fn open_second(ctx: &mut Context, order: &Order) -> Result<()> {
     copy::analyze(ctx)?;
     set_phase(ctx, Phase::FencePending)?;
-    let result = open_second_fenced(ctx, order);
+    let lowered = lower_fence(ctx, order);
+    if matches!(lowered, Err(Error::LockTimeout { .. } | Error::Withdrawn)) {
+        // It has been up all the time.
+        set_phase(ctx, Phase::Replicating)?;
+        return lowered;
+    }
+    let result = lowered.and_then(|()| show_second(ctx, order));
     if result.is_err() && ctx.migration.state == State::First {
         // Close it again now if we can; the worker keeps trying if we cannot.
         ctx.rollback_all();
@@ -449,27 +455,39 @@ fn open_second(ctx: &mut Context, order: &Order) -> Result<()> {
     result
 }
 
-fn open_second_fenced(ctx: &mut Context, order: &Order) -> Result<()> {
+/// Tries to let clients write to the second store.
+///
+/// # Errors
+/// `Error::LockTimeout` and `Error::Withdrawn` when nothing has been done.
+fn lower_fence(ctx: &mut Context, order: &Order) -> Result<()> {
     fault::point("switch:opening")?;
     loop {
         let opened = (|| {
             let (_, second) = ctx.stores()?;
             second.session.begin(Isolation::ReadCommitted, &[])?;
+            second.session.become_replica()?;
             second.session.set_lock_timeout(settings::lock_attempt())?;
             second.set_fence(false)?;
             second.session.commit()
         })();
         match opened {
-            Ok(()) => break,
-            Err(e) if e.is_contention() && !order.patience.is_over() => {
+            Ok(()) => return fault::point("switch:second-committed"),
+            Err(e) if e.is_contention() => {
                 ctx.rollback_all();
+                let error = blocked(ctx, order, State::Both)?;
+                if order.patience.is_over() {
+                    return Err(error);
+                }
+                show_waiting(ctx, error.detail().as_deref())?;
                 order.patience.pause()?;
                 ctx.connect()?;
             }
             Err(e) => return Err(e),
         }
     }
-    fault::point("switch:second-committed")?;
+}
+
+fn show_second(ctx: &mut Context, order: &Order) -> Result<()> {
     in_attempts(ctx, order, |ctx| {
         let pause = Pause { began: Some(Instant::now()), drained: 0 };
         let taken_over = ctx.migration.taken_over;
