@@ -84,6 +84,7 @@ mod steps {
     pub const FINISH: &[&str] =
         &["end:moved", "finish:committed", "cleanup:triggers", "cleanup:peer", "request:answering"];
     pub const RESTART: &[&str] = &["scout:begun"];
+    pub const RECONCILE: &[&str] = &["reconcile:first", "reconcile:second"];
 
     pub const ALL: &[&[&str]] = &[
         START,
@@ -101,6 +102,7 @@ mod steps {
         CANCEL,
         FINISH,
         RESTART,
+        RECONCILE,
     ];
 }
 
@@ -342,6 +344,52 @@ fn switches_killed() {
 #[test]
 fn switches_without_the_second_server() {
     switches(&[Blow::SecondServer, Blow::Error]);
+}
+
+/// Makes the migration diverge, as a source that has lost the commits which its counter stood for would.
+fn diverge(pair: &Pair, migration: &Migration, state: &str) {
+    let tag = pair.first.text("SELECT tag FROM crossover.migration").expect("a tag");
+    until("the migration has diverged", SOON, || {
+        // A cycle that was on its way sets the mark once more.
+        match state {
+            "second" => pair.first.sql(&format!("UPDATE crossover.mark_{tag} SET counter = counter + 1000000")),
+            _ => pair.second.sql(&format!("UPDATE crossover_peer.mark_{tag} SET counter = counter + 1000000")),
+        }
+        migration.status().phase() == "diverged"
+    });
+}
+
+#[test]
+fn reconciliations() {
+    let pair = writers::pair(200);
+    let before = Untouched::of(&pair);
+    let migration = Migration::start_with(&pair, NAME, &writers::mapping(), &json!({}));
+    migration.until_state("first");
+    for state in ["first", "both", "second"] {
+        migration.set_state(state);
+        let writers = Writers::start_in(&pair, state);
+        for point in steps::RECONCILE {
+            for blow in BLOWS {
+                let what = format!("{state}, {point} {blow:?}");
+                println!("{what}");
+                diverge(&pair, &migration, state);
+                writers.until_busy();
+                blow.strike(&pair, point, || {
+                    let call = "SELECT migration_set_state($1, $2::text::migration_state, force => true)::text";
+                    let mut client = pair.first.connect();
+                    any_end(&what, client.query_one(call, &[&NAME, &state]).map(|row| row.get(0)));
+                });
+                migration.until_status("replicates again", |s| s.phase() == "replicating");
+                assert_eq!(migration.state(), state, "{what}");
+                writers.until_busy();
+                until_replicated(&pair, state);
+            }
+        }
+        writers.check(&pair, &migration, if state == "first" { "" } else { "__first" });
+    }
+    migration.walk(&["both", "first"]);
+    migration.cancel();
+    before.assert_again(&pair);
 }
 
 #[test]
