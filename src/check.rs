@@ -287,13 +287,22 @@ pub fn second_server<S: Session>(
 ) -> Result<(Vec<Table>, Vec<Problem>)> {
     let mut problems = Vec::new();
     let mut tables = Vec::new();
-    let version =
-        session.query("SELECT current_setting('server_version_num')::int >= 150000, pg_is_in_recovery()", &[])?;
+    let version = session.query(
+        "SELECT current_setting('server_version_num')::int >= 150000, pg_is_in_recovery(), current_setting('server_encoding') = 'UTF8'",
+        &[],
+    )?;
     if version[0][0].as_deref() != Some("t") {
         problems.push(Problem::new("second server", "is older than PostgreSQL 15"));
     }
     if version[0][1].as_deref() == Some("t") {
         problems.push(Problem::new("second server", "is a standby"));
+    }
+    if version[0][2].as_deref() != Some("t") {
+        // A text that it cannot hold could not even be parked there.
+        problems.push(
+            Problem::new("second server", "the database's encoding is not UTF8")
+                .hint("Other encodings are not supported yet."),
+        );
     }
     for pair in pairs {
         let name = &pair.second.remote;
