@@ -217,19 +217,23 @@ fn unique_values_swap_in_one_transaction() {
     pair.first.sql("UPDATE seat SET code = NULL WHERE id = 7; UPDATE seat SET code = 'c7' WHERE id = 8; UPDATE seat SET code = 'C8' WHERE id = 7");
     equal("seat");
     // The second store has no deferrable constraint: its clients swap in three steps.
-    let there = |schema: &str, a: i32, b: i32| {
+    let there = |table: &str, a: i32, b: i32| {
         format!(
-            "BEGIN; CREATE TEMP TABLE was ON COMMIT DROP AS SELECT id, place FROM {schema}.seat WHERE id IN ({a}, {b});
-             UPDATE {schema}.seat SET place = -id WHERE id IN ({a}, {b});
-             UPDATE {schema}.seat SET place = (SELECT place FROM was WHERE was.id <> seat.id) WHERE id IN ({a}, {b}); COMMIT"
+            "BEGIN; CREATE TEMP TABLE was ON COMMIT DROP AS SELECT id, place FROM {table} WHERE id IN ({a}, {b});
+             UPDATE {table} SET place = -id WHERE id IN ({a}, {b});
+             UPDATE {table} SET place = (SELECT place FROM was WHERE was.id <> {a}) WHERE id = {a};
+             UPDATE {table} SET place = (SELECT place FROM was WHERE was.id <> {b}) WHERE id = {b}; COMMIT"
         )
     };
     migration.set_state("both");
     pair.first.sql("UPDATE seat SET place = CASE id WHEN 11 THEN (SELECT place FROM seat WHERE id = 12) ELSE (SELECT place FROM seat WHERE id = 11) END WHERE id IN (11, 12)");
-    pair.second.sql(&there("seats", 21, 22));
+    pair.second.sql(&there("seats.seat", 21, 22));
+    pair.first.sql(&there("seat2", 23, 24));
     equal("seat__first");
     migration.set_state("second");
-    pair.second.sql(&there("seats", 31, 32));
+    pair.second.sql(&there("seats.seat", 31, 32));
+    pair.first.sql(&there("seat", 33, 34));
+    pair.first.sql(&there("seat2", 35, 36));
     equal("seat__first");
     migration.finish();
 }
@@ -255,6 +259,158 @@ fn a_row_that_something_outside_refers_to_is_not_deleted_under_it() {
     migration.settle();
     assert_eq!(pair.first.list("SELECT id FROM item__first ORDER BY id"), ["1", "4", "5"]);
     migration.walk(&["both", "first"]);
+    migration.cancel();
+}
+
+#[test]
+fn keys_changed_on_both_stores_at_once() {
+    let pair = Pair::new();
+    for policy in ["first", "second", "latest"] {
+        let family = Family::in_both(&pair, &format!("m_{policy}"), policy);
+        let first_wins = policy == "first";
+        let mail = |id: i32| family.first(&format!("SELECT email FROM parent WHERE id = {id}"));
+        let kept = |image: &str| assert!(family.images().contains(image), "{policy}, {image}: {}", family.images());
+        // Two rows take one key.
+        family.at_once("UPDATE parent SET id = 201 WHERE id = 12", "UPDATE elder SET no = 201 WHERE no = 13");
+        assert_eq!(mail(201), [if first_wins { "p12" } else { "p13" }], "{policy}");
+        kept(if first_wins { "p13" } else { "p12" });
+        assert_eq!((mail(12).len(), mail(13).len()), (0, 0), "{policy}");
+        // One row takes one key on both, and another value on each.
+        family.at_once(
+            "UPDATE parent SET id = 202, email = 'moved here' WHERE id = 14",
+            "UPDATE elder SET no = 202, mail = 'moved there' WHERE no = 14",
+        );
+        assert_eq!(mail(202), [if first_wins { "moved here" } else { "moved there" }], "{policy}");
+        kept(if first_wins { "moved there" } else { "moved here" });
+        assert!(mail(14).is_empty(), "{policy}");
+        // A key is changed here, the value under the old one there; and the other way round.
+        family.at_once(
+            "UPDATE parent SET id = 203 WHERE id = 15",
+            "UPDATE elder SET mail = 'stayed there' WHERE no = 15",
+        );
+        assert_eq!(mail(203), ["p15"], "{policy}");
+        assert_eq!(mail(15).len(), usize::from(!first_wins), "{policy}");
+        kept("stayed there");
+        family.at_once(
+            "UPDATE parent SET email = 'stayed here' WHERE id = 16",
+            "UPDATE elder SET no = 204 WHERE no = 16",
+        );
+        assert_eq!(mail(204), ["p16"], "{policy}");
+        assert_eq!(mail(16).len(), usize::from(first_wins), "{policy}");
+        kept("stayed here");
+        // A key that goes to and fro here, and is another row's there.
+        family.at_once(
+            "BEGIN; UPDATE parent SET id = -17 WHERE id = 17; UPDATE parent SET id = 17 WHERE id = 18; UPDATE parent SET id = 18 WHERE id = -17; COMMIT",
+            "BEGIN; UPDATE elder SET no = 205 WHERE no = 18; UPDATE elder SET no = 18 WHERE no = 19; COMMIT",
+        );
+        for value in ["p17", "p18", "p19"] {
+            let rows = family.first(&format!("SELECT id FROM parent WHERE email = '{value}'"));
+            assert!(rows.len() == 1 || family.images().contains(value), "{policy}: {value} is lost");
+        }
+        // A parent and its child move to another key here, the child's name changes there, and another child comes.
+        family.at_once(
+            "BEGIN; INSERT INTO parent VALUES (208, 'p8 moved'); UPDATE child SET parent_id = 208 WHERE id = 8; DELETE FROM parent WHERE id = 8; COMMIT",
+            "UPDATE younger SET name = 'renamed there' WHERE no = 8; INSERT INTO younger VALUES (308, 8, 'born there')",
+        );
+        kept("renamed there");
+        let born = family.first("SELECT id FROM child WHERE name = 'born there'");
+        assert!(!born.is_empty() || family.images().contains("born there"), "{policy}: a child is lost");
+        // Unique values swap on both, in each case with another row's.
+        let swap = |table: &str, key: &str, value: &str, (a, b): (i32, i32)| {
+            format!(
+                "BEGIN; UPDATE {table} SET {value} = 'nobody' WHERE {key} = {a}; UPDATE {table} SET {value} = 'p{a}' WHERE {key} = {b};
+                 UPDATE {table} SET {value} = 'p{b}' WHERE {key} = {a}; COMMIT"
+            )
+        };
+        family.at_once(&swap("parent", "id", "email", (5, 6)), &swap("elder", "no", "mail", (6, 7)));
+        for value in ["p5", "p6", "p7"] {
+            let rows = family.first(&format!("SELECT id FROM parent WHERE email = '{value}'"));
+            assert!(rows.len() == 1 || family.images().contains(value), "{policy}: {value} is lost");
+        }
+        family.end();
+    }
+}
+
+#[test]
+fn foreign_keys_with_tables_outside_the_migration() {
+    let pair = Pair::new();
+    let tables = |schema: &str, outside: &str| {
+        format!(
+            "CREATE TABLE {schema}kind (name text PRIMARY KEY); INSERT INTO {schema}kind VALUES ('a'), ('b');
+             CREATE TABLE {schema}item (id integer PRIMARY KEY, kind text REFERENCES {schema}kind ON DELETE CASCADE);
+             CREATE TABLE {schema}plain (item integer REFERENCES {schema}item);
+             CREATE TABLE {schema}cascading (item integer REFERENCES {schema}item ON DELETE CASCADE); {outside}"
+        )
+    };
+    pair.first.sql(&tables("", "INSERT INTO item SELECT i, 'a' FROM generate_series(1, 20) AS i"));
+    pair.second_store("items", &tables("", ""));
+    let mapping = json!({"tables": [{"first": "public.item", "second": "items.item", "second_view": "public.item2"}]});
+    let refused = Migration::named(&pair, "items").try_start(&mapping, &json!({})).expect_err("keys that leave");
+    for key in ["plain_item_fkey", "cascading_item_fkey", "item_kind_fkey"] {
+        assert!(explain(&refused).contains(key), "{}", explain(&refused));
+    }
+    let migration = Migration::start_with(&pair, "items", &mapping, &json!({"foreign_keys": true}));
+    migration.until_state("first");
+    let parked =
+        || migration.conflicts().iter().filter(|c| c["kind"] == "parked" && c["resolved_at"].is_null()).count();
+    // They are listed a moment after they have come or gone.
+    let until_parked = |count: usize| until(&format!("{count} rows are parked"), SOON, || parked() == count);
+    let there = |id: i32| pair.second.text(&format!("SELECT kind FROM items.item WHERE id = {id}"));
+    let here = |id: i32| pair.first.text(&format!("SELECT kind FROM item__first WHERE id = {id}"));
+    let dangling = |cluster: &pgrx_tests::Cluster, schema: &str, item: &str| {
+        let query = format!(
+            "SELECT count(*) FROM (SELECT item FROM {schema}.plain UNION ALL SELECT item FROM {schema}.cascading) AS o
+              WHERE NOT EXISTS (SELECT FROM {schema}.{item} AS i WHERE i.id = o.item)"
+        );
+        assert_eq!(cluster.text(&query).as_deref(), Some("0"), "references that dangle in {schema}");
+        let query = format!("SELECT count(*) FROM {schema}.{item} WHERE kind NOT IN (SELECT name FROM {schema}.kind)");
+        assert_eq!(cluster.text(&query).as_deref(), Some("0"), "kinds that are not there in {schema}");
+    };
+    // Something on second refers to rows that go on first: deleted, or under another key from now on.
+    pair.second.sql("INSERT INTO items.plain VALUES (1), (2); INSERT INTO items.cascading VALUES (3)");
+    pair.first.sql("DELETE FROM item WHERE id IN (1, 3, 4); UPDATE item SET id = 102 WHERE id = 2");
+    until_parked(3);
+    until("the others have gone and come", SOON, || there(4).is_none() && there(102).is_some());
+    assert_eq!((there(1).as_deref(), there(2).as_deref(), there(3).as_deref()), (Some("a"), Some("a"), Some("a")));
+    dangling(&pair.second, "items", "item");
+    // A kind that only first has.
+    pair.first.sql("INSERT INTO kind VALUES ('c'); UPDATE item SET kind = 'c' WHERE id = 5; INSERT INTO item VALUES (21, 'c'), (22, 'b')");
+    until_parked(5);
+    until("the other has come", SOON, || there(22).is_some());
+    assert!(there(21).is_none());
+    dangling(&pair.second, "items", "item");
+    let error = explain(&migration.try_set_state("both", Duration::from_secs(5)).expect_err("parked rows"));
+    assert!(error.starts_with("55000"), "{error}");
+    pair.second.sql("DELETE FROM items.plain; DELETE FROM items.cascading; INSERT INTO items.kind VALUES ('c')");
+    migration.settle();
+    until_parked(0);
+    assert_eq!(
+        pair.first.list("SELECT id || kind FROM item ORDER BY 1"),
+        pair.second.list("SELECT id || kind FROM items.item ORDER BY 1")
+    );
+    migration.set_state("both");
+    // The same the other way, and on both stores at once.
+    pair.first.sql("INSERT INTO plain VALUES (10), (11); INSERT INTO cascading VALUES (12)");
+    pair.second.sql("INSERT INTO items.kind VALUES ('d'); INSERT INTO items.plain VALUES (13)");
+    pair.second.sql("DELETE FROM items.item WHERE id IN (10, 12, 14); UPDATE items.item SET id = 111 WHERE id = 11; INSERT INTO items.item VALUES (23, 'd')");
+    pair.first.sql("DELETE FROM item WHERE id IN (13, 15)");
+    until_parked(5);
+    until("the others have gone and come", SOON, || here(14).is_none() && here(111).is_some() && there(15).is_none());
+    assert!(
+        here(10).is_some() && here(11).is_some() && here(12).is_some() && here(23).is_none() && there(13).is_some()
+    );
+    dangling(&pair.first, "public", "item__first");
+    dangling(&pair.second, "items", "item");
+    migration.try_set_state("second", Duration::from_secs(5)).expect_err("parked rows");
+    pair.first.sql("DELETE FROM plain; DELETE FROM cascading; INSERT INTO kind VALUES ('d')");
+    pair.second.sql("DELETE FROM items.plain");
+    migration.settle();
+    until_parked(0);
+    migration.walk(&["second", "both", "first"]);
+    assert_eq!(
+        pair.first.list("SELECT id || kind FROM item ORDER BY 1"),
+        pair.second.list("SELECT id || kind FROM items.item ORDER BY 1")
+    );
     migration.cancel();
 }
 
