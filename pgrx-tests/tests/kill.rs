@@ -1,10 +1,10 @@
-//! Every process of both servers is killed with -9, in every state and on the way between them, under writers: the migration goes on by
-//! itself, nothing is lost or doubled, and no object, connection or lock is left behind.
+//! Every process of both servers is killed with -9, in every state and on the way between them, and the servers are stopped immediately,
+//! under writers: the migration goes on by itself, nothing is lost or doubled, and no object, connection or lock is left behind.
 
 use std::collections::BTreeMap;
 use std::thread;
 
-use pgrx_tests::cluster::{Cluster, explain};
+use pgrx_tests::cluster::{Cluster, Stop, explain};
 use pgrx_tests::wait::{SOON, until, until_some};
 use pgrx_tests::writers::{
     self, Generation, NAME, Untouched, Writers, any_end, at_rest, held_process, until_replicated,
@@ -83,7 +83,22 @@ fn in_the_middle(pair: &Pair, state: &str, number: usize) -> Client {
     })
 }
 
-/// Kills every process of both servers in the state that the migration is in.
+/// Strikes while writers work and a client is in the middle of a transaction, and waits until all goes on.
+fn strike(pair: &Pair, migration: &Migration, writers: &Writers, number: usize, blow: impl FnOnce()) {
+    let state = migration.state();
+    let client = in_the_middle(pair, &state, number);
+    let before = rows_copied(pair);
+    blow();
+    drop(client);
+    writers.until_busy();
+    assert_eq!(migration.state(), state);
+    match state.as_str() {
+        "copying" => until("the copy goes on", SOON, || rows_copied(pair) > before),
+        _ => until_replicated(pair, &state),
+    }
+}
+
+/// Kills every process of both servers, and stops each server and both of them immediately, in the state that the migration is in.
 fn kill_all(pair: &Pair, migration: &Migration, writers: &Writers) {
     let state = migration.state();
     let mut number = 0;
@@ -102,17 +117,16 @@ fn kill_all(pair: &Pair, migration: &Migration, writers: &Writers) {
         for kind in kinds {
             println!("{state}, {} server, {kind}", cluster.name());
             number += 1;
-            let client = in_the_middle(pair, &state, number);
-            let before = rows_copied(pair);
-            kill(cluster, &kind, None);
-            drop(client);
-            writers.until_busy();
-            assert_eq!(migration.state(), state);
-            match state.as_str() {
-                "copying" => until("the copy goes on", SOON, || rows_copied(pair) > before),
-                _ => until_replicated(pair, &state),
-            }
+            strike(pair, migration, writers, number, || kill(cluster, &kind, None));
         }
+    }
+    for servers in [&[&pair.first][..], &[&pair.second], &[&pair.first, &pair.second]] {
+        println!("{state}, immediate stop of {:?}", servers.iter().map(|server| server.name()).collect::<Vec<_>>());
+        number += 1;
+        strike(pair, migration, writers, number, || {
+            servers.iter().for_each(|server| server.stop(Stop::Immediate));
+            servers.iter().for_each(|server| server.start());
+        });
     }
     let never = "SELECT word FROM ledger.entry WHERE word LIKE 'Never%' UNION ALL SELECT path FROM rail.path WHERE path = '<never>'";
     assert_eq!(pair.second.list(never), [""; 0], "a transaction that never committed");
