@@ -1,7 +1,7 @@
 //! Both directions in one cycle, while both stores have clients: first commits first, with the conflicts; then second.
 
 use std::collections::BTreeMap;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::Outcome;
 use super::apply::{Aside, Contended};
@@ -16,6 +16,11 @@ use crate::store::{Key, Micros, Session, Watermark};
 
 /// A write in `both` yields to a client after this long at one lock, well below PostgreSQL's deadlock_timeout of 1 s.
 const YIELD_AFTER: Duration = Duration::from_millis(200);
+
+/// How long the writes of a cycle should take on either store at most.
+const PATIENCE_OF_CLIENTS: Duration = Duration::from_millis(300);
+/// Scopes of which a cycle is not made smaller for the time that it takes.
+const FEW: usize = 100;
 
 /// How many scopes of either direction the next cycle takes: fewer where their rows are large.
 #[derive(Debug, Clone, Copy)]
@@ -33,12 +38,18 @@ impl Appetite {
         if self.0 == 1 { usize::MAX } else { ROOM }
     }
 
+    /// The rows of `scopes` scopes have no room.
     fn shrink(&mut self, scopes: usize) {
         self.0 = (scopes.min(self.0) / 4).max(1);
     }
 
-    fn grow(&mut self) {
-        self.0 = (self.0 * 2).min(SCOPES);
+    /// After a cycle whose writes took `time`, during which clients may have waited for its rows.
+    fn adapt(&mut self, time: Duration, scopes: usize, bytes: usize) {
+        if time > PATIENCE_OF_CLIENTS {
+            self.0 = (scopes.min(self.0) / 2).max(FEW.min(self.0));
+        } else if bytes < ROOM / 4 {
+            self.0 = (self.0 * 2).min(SCOPES);
+        }
     }
 }
 
@@ -95,7 +106,9 @@ pub fn run(
     let mut aside = Aside::none(pairs.len());
     let counter1;
     let mut owed = before;
+    let mut slowest = Duration::ZERO;
     loop {
+        let began = Instant::now();
         first.begin_write()?;
         first.session.set_lock_timeout(YIELD_AFTER)?;
         let written = plan.write_first(first, pairs, name, &s1, &mut aside, Contended::Skip, Some(Side::First))?;
@@ -111,6 +124,7 @@ pub fn run(
         fault::point("cycle:first-written")?;
         counter1 = bump(first)?;
         first.session.commit()?;
+        slowest = slowest.max(began.elapsed());
         break;
     }
     fault::point("cycle:first-committed")?;
@@ -118,6 +132,7 @@ pub fn run(
     if plan.writes_second() {
         let mut aside2 = Aside::none(pairs.len());
         loop {
+            let began = Instant::now();
             second.begin_write()?;
             second.session.set_lock_timeout(YIELD_AFTER)?;
             let written = plan.write_second(second, &s2, &aside, &mut aside2, Contended::Skip)?;
@@ -130,6 +145,7 @@ pub fn run(
             second.set_watermark(&Watermark { snapshot: s1.clone(), counter: counter1 })?;
             fault::point("cycle:second-written")?;
             second.session.commit()?;
+            slowest = slowest.max(began.elapsed());
             break;
         }
         outcome.contended += aside2.iter().map(|a| a.held.len()).sum::<usize>();
@@ -137,9 +153,7 @@ pub fn run(
     }
     outcome.parked = owed.iter().map(|o| o.parked).sum();
     outcome.left = owed.iter().map(|o| o.waiting).sum();
-    if plan.bytes() < ROOM / 4 {
-        appetite.grow();
-    }
+    appetite.adapt(slowest, scopes, plan.bytes());
     Ok(outcome)
 }
 

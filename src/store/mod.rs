@@ -18,7 +18,7 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 pub use libpq::{Each, Row};
-pub use owed::{Owed, OwedCount};
+pub use owed::{MANY, Owed, OwedCount};
 pub use rows::{BATCH, Derived, in_batches, text};
 pub use snapshot::Snapshot;
 

@@ -45,12 +45,17 @@ impl OwedCount {
     }
 }
 
+/// Enough scopes not to count them at every cycle.
+pub const MANY: usize = 50_000;
+
 const MICROS: &str = "(extract(epoch FROM at) * 1000000)::bigint";
 
 impl<S: Session> Store<S> {
+    /// Of those that wait, no more than [`MANY`] are counted.
     pub fn owed_count(&mut self) -> Result<OwedCount> {
         let sql = format!(
-            "SELECT count(*) FILTER (WHERE error IS NULL), count(*) FILTER (WHERE error IS NOT NULL) FROM {}",
+            "SELECT (SELECT count(*) FROM (SELECT FROM {0} WHERE error IS NULL LIMIT {MANY}) AS waiting), \
+             (SELECT count(*) FROM {0} WHERE error IS NOT NULL)",
             self.objects.owed()
         );
         let rows = self.session.admin_query(&sql, &[])?;
@@ -58,6 +63,12 @@ impl<S: Session> Store<S> {
             Some([Some(waiting), Some(parked)]) => Ok(OwedCount { waiting: parse(waiting)?, parked: parse(parked)? }),
             _ => Err(Error::internal("malformed count")),
         }
+    }
+
+    /// All that wait.
+    pub fn waiting(&mut self) -> Result<usize> {
+        let sql = format!("SELECT count(*) FROM {} WHERE error IS NULL", self.objects.owed());
+        parse(self.session.admin_query(&sql, &[])?[0][0].as_deref().unwrap_or("0"))
     }
 
     /// The scopes whose turn it is, by table: those that have waited longest. `parked`: parked rows as well.

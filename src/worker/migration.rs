@@ -26,7 +26,7 @@ use crate::settings;
 use crate::setup;
 use crate::state::{Phase, State};
 use crate::store::local::{LocalSession, catch};
-use crate::store::{Isolation, Session, parse};
+use crate::store::{Isolation, MANY, Session, parse};
 use crate::switch::{self, Order};
 use crate::version;
 
@@ -760,7 +760,10 @@ impl Worker {
         }
         self.figures_at = Instant::now() + FIGURES_EVERY;
         let id = self.id();
-        let backlog = outcome.scopes.max(outcome.left);
+        let mut backlog = outcome.scopes.max(outcome.left);
+        if outcome.left >= MANY {
+            backlog = self.waiting()?;
+        }
         let (rows, parked) = (backlog.to_string(), outcome.parked.to_string());
         let since = outcome.oldest.filter(|_| backlog > 0).map(|m| m.to_string());
         self.write(
@@ -776,6 +779,15 @@ impl Worker {
             parked::list(&mut self.ctx)?;
         }
         Ok(())
+    }
+
+    /// How many scopes are owed to either store.
+    fn waiting(&mut self) -> Result<usize> {
+        let (first, second) = self.ctx.stores()?;
+        first.session.begin(Isolation::ReadCommitted, &[])?;
+        let waiting = first.waiting();
+        first.session.rollback();
+        Ok(waiting? + second.waiting()?)
     }
 
     /// Empties consumed logs on both stores, and forgets old requests.
