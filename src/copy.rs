@@ -91,9 +91,10 @@ fn claim_in(ctx: &mut Context) -> Result<Option<Chunk>> {
     let (size, rate) = (ctx.migration.options.chunk_size(), ctx.migration.options.copy_rate);
     let rows = size.to_string();
     let first = &mut ctx.first;
-    // A copy that is to begin anew hands nothing out: whoever ends it waits for us, or we see that it has.
+    // A copy that is paused, or to begin anew, hands nothing out: whoever stops it waits for us (and then knows our chunk), or we see
+    // that it has.
     let copying = first.session.admin_query(
-        "SELECT FROM crossover.migration WHERE id = $1::text::int AND phase = 'copying' FOR SHARE",
+        "SELECT FROM crossover.migration WHERE id = $1::text::int AND phase = 'copying' AND NOT paused FOR SHARE",
         &[Some(&id)],
     )?;
     if copying.is_empty() {
