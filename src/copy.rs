@@ -15,7 +15,6 @@ use crate::cycle::write::Writer;
 use crate::error::{Error, Result};
 use crate::fault;
 use crate::mapping::text::copy_line;
-use crate::settings;
 use crate::store::{Derived, Isolation, Session, parse};
 
 /// Bytes collected before they are handed to the connection.
@@ -282,41 +281,6 @@ fn done(ctx: &mut Context, chunk: &Chunk, rows: u64) -> Result<()> {
         session.rollback();
     }
     result
-}
-
-/// Statistics for tables that nobody has analyzed: before a store is exposed for the first time.
-pub fn analyze(ctx: &mut Context) -> Result<()> {
-    let names: Vec<String> = ctx.pairs.iter().map(|p| p.second.rel.to_string()).collect();
-    let (_, second) = ctx.stores()?;
-    second.session.set_patience(PATIENCE);
-    for i in 0..second.tables.len() {
-        let sql = format!("ANALYZE {}", second.tables[i].rel);
-        let session = &mut second.session;
-        session.begin(Isolation::ReadCommitted, &[])?;
-        // An autovacuum that has the lock goes; for whoever else has it nobody waits.
-        let analyzed = (session.become_replica())
-            .and_then(|()| session.set_lock_timeout(settings::lock_attempt()))
-            .and_then(|()| session.batch(&sql))
-            .and_then(|()| session.commit());
-        if let Err(e) = analyzed {
-            session.rollback();
-            if !e.is_contention() {
-                return Err(e);
-            }
-        }
-    }
-    for name in names {
-        let session = &mut ctx.first.session;
-        session.begin(Isolation::ReadCommitted, &[])?;
-        match session.batch(&format!("ANALYZE {name}")) {
-            Ok(()) => session.commit()?,
-            Err(e) => {
-                session.rollback();
-                return Err(e);
-            }
-        }
-    }
-    Ok(())
 }
 
 /// COPY runs in replica mode, which checks neither foreign keys nor deferrable constraints: the rows that violate one which first has not

@@ -31,6 +31,7 @@ mod route;
 mod settings;
 mod setup;
 mod state;
+mod statistics;
 mod store;
 mod switch;
 mod version;

@@ -10,7 +10,6 @@ use pgrx::pg_sys;
 
 use crate::catalog::{self, Move};
 use crate::context::{Context, FirstStore, SecondStore};
-use crate::copy;
 use crate::cycle::apply::{Aside, Contended, Written};
 use crate::cycle::backlog::{SCOPES, incoming};
 use crate::cycle::plan::Plan;
@@ -25,6 +24,7 @@ use crate::reconcile;
 use crate::resync;
 use crate::settings;
 use crate::state::{By, Phase, State};
+use crate::statistics;
 use crate::store::{Isolation, Session, Store, Watermark};
 use crate::views;
 
@@ -437,7 +437,7 @@ fn lock_second(ctx: &mut Context, deadline: Instant) -> Result<()> {
 /// `first` to `both`: nothing to drain. The fence goes before the state changes, under the name *fence pending*, so that a crash
 /// in between is followed by fencing it again.
 fn open_second(ctx: &mut Context, order: &Order) -> Result<()> {
-    copy::analyze(ctx)?;
+    statistics::refresh(ctx)?;
     set_phase(ctx, Phase::FencePending)?;
     let lowered = lower_fence(ctx, order);
     if matches!(lowered, Err(Error::LockTimeout { .. } | Error::Withdrawn)) {

@@ -446,7 +446,8 @@ pub fn create_rule_view(view: &RelName, rules: &[(Ident, String)], target: &Tabl
     format!("CREATE VIEW {view} AS SELECT\n{}\nFROM {source}", columns.join(",\n"))
 }
 
-/// Settings under which a value has the same text on every server, and no timeout of a role's interferes.
+/// Settings under which a value has the same text on every server, no timeout of a role's interferes, and a long log is sorted in little
+/// memory: on the first store it is the worker itself that sorts it, and a hash table that goes to disk takes more than it may.
 pub fn session_settings() -> Vec<(&'static str, &'static str)> {
     vec![
         ("DateStyle", "ISO, MDY"),
@@ -464,6 +465,10 @@ pub fn session_settings() -> Vec<(&'static str, &'static str)> {
         ("lock_timeout", "0"),
         ("idle_in_transaction_session_timeout", "0"),
         ("row_security", "off"),
+        ("work_mem", "4MB"),
+        ("enable_hashagg", "off"),
+        // Compiling takes fifty megabytes, and longer than such statements.
+        ("jit", "off"),
     ]
 }
 

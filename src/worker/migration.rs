@@ -25,6 +25,7 @@ use crate::resync;
 use crate::settings;
 use crate::setup;
 use crate::state::{Phase, State};
+use crate::statistics;
 use crate::store::local::{LocalSession, catch};
 use crate::store::{Isolation, MANY, Session, parse};
 use crate::switch::{self, Order};
@@ -345,7 +346,7 @@ impl Worker {
             if copy::owe_violations(&mut self.ctx)? > 0 {
                 return Ok(Next::Again);
             }
-            copy::analyze(&mut self.ctx)?;
+            statistics::refresh(&mut self.ctx)?;
             copy::enter_first(&mut self.ctx, self.copied)?;
         }
         self.figures(&outcome)?;
