@@ -3,13 +3,14 @@
 use std::time::{Duration, Instant};
 
 use crate::catalog::{self, Migration};
-use crate::cycle::two_way::Appetite;
+use crate::cycle::appetite::Appetite;
 use crate::error::{Error, Result, Side};
 use crate::mapping::ident::{Ident, RelName};
 use crate::mapping::model::{Mapping, NamedTable};
 use crate::mapping::rule::Pair;
 use crate::mapping::sql::{Objects, StoreTable};
 use crate::mapping::table::Table;
+use crate::state::Phase;
 use crate::store::local::LocalSession;
 use crate::store::postgres::{RemoteSession, Target};
 use crate::store::{Isolation, Session, Store};
@@ -195,6 +196,20 @@ impl Context {
     pub fn stores(&mut self) -> Result<(&mut FirstStore, &mut SecondStore)> {
         let second = self.second.as_mut().ok_or_else(|| Error::internal("not connected"))?;
         Ok((&mut self.first, second))
+    }
+
+    /// In a transaction of its own.
+    pub fn set_phase(&mut self, phase: Phase) -> Result<()> {
+        let before = self.migration.phase;
+        self.migration.phase = phase;
+        let Context { migration, first, .. } = self;
+        first.session.begin(Isolation::ReadCommitted, &[])?;
+        let result = migration.store(&mut first.session).and_then(|()| first.session.commit());
+        if result.is_err() {
+            first.session.rollback();
+            migration.phase = before;
+        }
+        result
     }
 
     /// Ends whatever transactions an error has left open.

@@ -4,6 +4,7 @@
 //! ([`one_way`]); while both are, one cycle serves both directions ([`two_way`]). The switch composes the same steps
 //! under its locks. A watermark commits with the rows that it speaks for, after its source has been flushed.
 
+pub mod appetite;
 pub mod apply;
 pub mod backlog;
 mod one_way;

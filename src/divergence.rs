@@ -14,7 +14,6 @@ use crate::mapping::text::array_literal;
 use crate::settings;
 use crate::state::{Phase, State};
 use crate::store::{Isolation, Session, Snapshot, Store, Watermark, parse};
-use crate::switch::set_phase;
 
 /// How often a diverged migration is looked at again.
 const LOOK_EVERY: Duration = Duration::from_secs(2);
@@ -241,7 +240,7 @@ fn mend_fence(ctx: &mut Context) -> Result<()> {
     let (_, second) = ctx.stores()?;
     let fenced = second.fences()?;
     match state {
-        State::First if wanted && fenced.contains(&false) => set_phase(ctx, Phase::FencePending),
+        State::First if wanted && fenced.contains(&false) => ctx.set_phase(Phase::FencePending),
         State::Both | State::Second if fenced.contains(&true) => {
             second.session.begin(Isolation::ReadCommitted, &[])?;
             second.session.become_replica()?;

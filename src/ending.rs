@@ -15,7 +15,7 @@ use crate::fault;
 use crate::setup;
 use crate::state::{By, Phase, State};
 use crate::store::{Isolation, Row, Session, text};
-use crate::switch::{Order, Pause, commit_state, in_attempts, lock_first, set_phase};
+use crate::switch::{Order, Pause, commit_state, in_attempts, lock_first};
 use crate::views;
 
 /// Bytes of conflicts with their images after which a transaction has enough of them.
@@ -139,7 +139,7 @@ fn end(ctx: &mut Context, order: &Order, to: State, work: impl Fn(&mut Context) 
 pub fn clean_up(ctx: &mut Context) -> Result<()> {
     setup::remove_second(ctx, false)?;
     fault::point("cleanup:peer")?;
-    set_phase(ctx, Phase::Done)
+    ctx.set_phase(Phase::Done)
 }
 
 /// Brings the conflicts home that a switch towards `second` recorded on the second server. Repeatable: each has a number there.

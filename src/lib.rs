@@ -34,6 +34,7 @@ mod state;
 mod statistics;
 mod store;
 mod switch;
+mod transition;
 mod version;
 mod views;
 mod worker;

@@ -12,12 +12,12 @@ use crate::fault;
 use crate::setup;
 use crate::state::{Phase, State};
 use crate::store::{Isolation, Session, Store, Watermark, parse};
-use crate::switch::{Order, set_phase};
+use crate::switch::Order;
 
 /// Prepares the comparison; the cycles that follow make it.
 pub fn run(ctx: &mut Context, order: &Order) -> Result<()> {
     let Some(diverged) = ctx.migration.diverged.clone() else { return Ok(()) };
-    set_phase(ctx, Phase::Reconciling)?;
+    ctx.set_phase(Phase::Reconciling)?;
     ctx.connect()?;
     let (_, second) = ctx.stores()?;
     if !divergence::is_installed(second)? {
@@ -74,7 +74,7 @@ pub fn run(ctx: &mut Context, order: &Order) -> Result<()> {
 /// The comparison has been made: goes on as the state asks for.
 pub fn done(ctx: &mut Context) -> Result<()> {
     let fence = ctx.migration.state == State::First && ctx.migration.options.fence;
-    set_phase(ctx, if fence { Phase::FencePending } else { Phase::Replicating })
+    ctx.set_phase(if fence { Phase::FencePending } else { Phase::Replicating })
 }
 
 /// When this store's watermark was set last.

@@ -10,8 +10,9 @@ use pgrx::pg_sys;
 
 use crate::catalog::{self, Move};
 use crate::context::{Context, FirstStore, SecondStore};
+use crate::cycle::appetite::SCOPES;
 use crate::cycle::apply::{Aside, Contended, Written};
-use crate::cycle::backlog::{SCOPES, incoming};
+use crate::cycle::backlog::incoming;
 use crate::cycle::plan::Plan;
 use crate::cycle::{self, two_way};
 use crate::divergence;
@@ -20,10 +21,8 @@ use crate::fault;
 use crate::lock::{self, Patience};
 use crate::mapping::model::Policy;
 use crate::mapping::rule::Pair;
-use crate::reconcile;
-use crate::resync;
 use crate::settings;
-use crate::state::{By, Phase, State};
+use crate::state::{Phase, State};
 use crate::statistics;
 use crate::store::{Isolation, Session, Store, Watermark};
 use crate::views;
@@ -67,45 +66,16 @@ impl Pause {
     }
 }
 
-/// Moves the migration to `to`.
+/// Moves the migration to another state that it may move to, with both stores there.
 ///
 /// # Errors
-/// `Error::Transition` for a move that does not exist; `Error::Backlog`, `Error::Parked`, `Error::LockTimeout` when it cannot be
-/// made now. The state has not changed then.
-pub fn set_state(ctx: &mut Context, to: State, force: bool, order: &Order) -> Result<()> {
-    let from = ctx.migration.state;
-    if force {
-        return forced(ctx, to, order);
-    }
-    if from == to {
-        return Ok(());
-    }
-    if !from.allows(to, By::SetState) {
-        return Err(Error::Transition { name: ctx.migration.name.clone(), from, to });
-    }
-    if to == State::Copying {
-        return resync::drop_capture(ctx, order);
-    }
+/// `Error::Backlog`, `Error::Parked`, `Error::LockTimeout` when that cannot be done now. The state has not changed then.
+pub fn switch(ctx: &mut Context, to: State, order: &Order) -> Result<()> {
     probe(ctx, order, to)?;
     fault::point("switch:begin")?;
-    match (from, to) {
+    match (ctx.migration.state, to) {
         (State::First, State::Both) => open_second(ctx, order),
         _ => attempts(ctx, order, to),
-    }
-}
-
-/// `force`, to the state that the migration is in: the way out of phase `diverged`.
-fn forced(ctx: &mut Context, to: State, order: &Order) -> Result<()> {
-    if ctx.migration.state != to {
-        return Err(Error::BadArgument {
-            message: "force is not supported yet for a move to another state".into(),
-            hint: "Bring the second server back and call without force.".into(),
-        });
-    }
-    match (&ctx.migration.diverged, to) {
-        (None, _) => Ok(()),
-        (Some(_), State::Copying) => resync::drop_capture(ctx, order),
-        (Some(_), _) => reconcile::run(ctx, order),
     }
 }
 
@@ -405,7 +375,7 @@ fn towards_first(ctx: &mut Context, order: &Order, to: State) -> Result<()> {
     second.session.set_deadline(None);
     fault::point("switch:second-committed")?;
     if phase == Phase::FencePending {
-        set_phase(ctx, Phase::Replicating)?;
+        ctx.set_phase(Phase::Replicating)?;
     }
     Ok(())
 }
@@ -438,11 +408,11 @@ fn lock_second(ctx: &mut Context, deadline: Instant) -> Result<()> {
 /// in between is followed by fencing it again.
 fn open_second(ctx: &mut Context, order: &Order) -> Result<()> {
     statistics::refresh(ctx)?;
-    set_phase(ctx, Phase::FencePending)?;
+    ctx.set_phase(Phase::FencePending)?;
     let lowered = lower_fence(ctx, order);
     if matches!(lowered, Err(Error::LockTimeout { .. } | Error::Withdrawn)) {
         // It has been up all the time.
-        set_phase(ctx, Phase::Replicating)?;
+        ctx.set_phase(Phase::Replicating)?;
         return lowered;
     }
     let result = lowered.and_then(|()| show_second(ctx, order));
@@ -541,17 +511,4 @@ pub fn commit_state(ctx: &mut Context, order: &Order, to: State, phase: Phase, p
         catalog::record_history(&mut first.session, &made)?;
     }
     first.session.commit()
-}
-
-pub fn set_phase(ctx: &mut Context, phase: Phase) -> Result<()> {
-    let before = ctx.migration.phase;
-    ctx.migration.phase = phase;
-    let Context { migration, first, .. } = ctx;
-    first.session.begin(Isolation::ReadCommitted, &[])?;
-    let result = migration.store(&mut first.session).and_then(|()| first.session.commit());
-    if result.is_err() {
-        first.session.rollback();
-        migration.phase = before;
-    }
-    result
 }

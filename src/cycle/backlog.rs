@@ -7,13 +7,11 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use super::appetite::SCOPES;
 use crate::divergence;
 use crate::error::{Error, Result};
 use crate::fault;
 use crate::store::{BATCH, Changes, Key, Micros, Owed, OwedCount, Session, Snapshot, Store, Watermark};
-
-/// Scopes that a cycle holds in memory, of either direction.
-pub const SCOPES: usize = 10_000;
 
 /// The changes of one direction: the log's since the watermark that `destination` keeps, and what is owed to it.
 pub struct Incoming {

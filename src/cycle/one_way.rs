@@ -6,7 +6,8 @@
 use std::collections::BTreeMap;
 
 use super::Outcome;
-use super::backlog::{Incoming, Page, SCOPES, Whole, incoming, put_off};
+use super::appetite::SCOPES;
+use super::backlog::{Incoming, Page, Whole, incoming, put_off};
 use super::write::Writer;
 use crate::error::{Result, Side};
 use crate::fault;

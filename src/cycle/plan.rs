@@ -11,9 +11,6 @@ use crate::mapping::model::Policy;
 use crate::mapping::rule::Pair;
 use crate::store::{BATCH, Key, Session, Snapshot, Store, in_batches};
 
-/// Bytes that the rows of one direction, or the images of conflicts, may have in memory.
-pub const ROOM: usize = 8 << 20;
-
 struct ConflictRow {
     key: Key,
     kept: Side,

@@ -4,9 +4,10 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use super::Outcome;
+use super::appetite::Appetite;
 use super::apply::{Aside, Contended};
-use super::backlog::{Incoming, SCOPES, incoming, put_off};
-use super::plan::{Plan, ROOM};
+use super::backlog::{Incoming, incoming, put_off};
+use super::plan::Plan;
 use crate::context::{FirstStore, SecondStore};
 use crate::error::{Result, Side};
 use crate::fault;
@@ -16,42 +17,6 @@ use crate::store::{Key, Micros, Session, Watermark};
 
 /// A write in `both` yields to a client after this long at one lock, well below PostgreSQL's deadlock_timeout of 1 s.
 const YIELD_AFTER: Duration = Duration::from_millis(200);
-
-/// How long the writes of a cycle should take on either store at most.
-const PATIENCE_OF_CLIENTS: Duration = Duration::from_millis(300);
-/// Scopes of which a cycle is not made smaller for the time that it takes.
-const FEW: usize = 100;
-
-/// How many scopes of either direction the next cycle takes: fewer where their rows are large.
-#[derive(Debug, Clone, Copy)]
-pub struct Appetite(usize);
-
-impl Default for Appetite {
-    fn default() -> Appetite {
-        Appetite(SCOPES)
-    }
-}
-
-impl Appetite {
-    /// Bytes that a plan's rows may have: one row of either store is never too large.
-    fn room(self) -> usize {
-        if self.0 == 1 { usize::MAX } else { ROOM }
-    }
-
-    /// The rows of `scopes` scopes have no room.
-    fn shrink(&mut self, scopes: usize) {
-        self.0 = (scopes.min(self.0) / 4).max(1);
-    }
-
-    /// After a cycle whose writes took `time`, during which clients may have waited for its rows.
-    fn adapt(&mut self, time: Duration, scopes: usize, bytes: usize) {
-        if time > PATIENCE_OF_CLIENTS {
-            self.0 = (scopes.min(self.0) / 2).max(FEW.min(self.0));
-        } else if bytes < ROOM / 4 {
-            self.0 = (self.0 * 2).min(SCOPES);
-        }
-    }
-}
 
 pub fn run(
     name: &str,
@@ -66,8 +31,8 @@ pub fn run(
     let s2 = second.begin_read()?;
     first.check_capture()?;
     second.check_capture()?;
-    let mut forward = incoming(first, second, retry_parked, appetite.0)?;
-    let mut backward = incoming(second, first, retry_parked, appetite.0)?;
+    let mut forward = incoming(first, second, retry_parked, appetite.scopes())?;
+    let mut backward = incoming(second, first, retry_parked, appetite.scopes())?;
     if forward.is_too_much() || backward.is_too_much() {
         second.end_read()?;
         first.end_read()?;

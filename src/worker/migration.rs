@@ -29,6 +29,7 @@ use crate::statistics;
 use crate::store::local::{LocalSession, catch};
 use crate::store::{Isolation, MANY, Session, parse};
 use crate::switch::{self, Order};
+use crate::transition;
 use crate::version;
 
 /// The longest pause between two tries after an error.
@@ -542,7 +543,7 @@ impl Worker {
                 // From here on it is undone, after a crash as well: nobody may be told that it failed, and find it running.
                 self.ctx.reload()?;
                 if self.ctx.migration.phase != Phase::SettingUp {
-                    switch::set_phase(&mut self.ctx, Phase::SettingUp)?;
+                    self.ctx.set_phase(Phase::SettingUp)?;
                 }
                 // The answer first: the request goes with the migration.
                 self.answer(&field(0), &result)?;
@@ -565,7 +566,7 @@ impl Worker {
                 let to: State = arguments["state"].as_str().unwrap_or("").parse().map_err(Error::Internal)?;
                 self.resumed_only("change its state")?;
                 let force = arguments["force"].as_bool().unwrap_or(false);
-                switch::set_state(&mut self.ctx, to, force, order)
+                transition::set_state(&mut self.ctx, to, force, order)
             }
             "pause" | "resume" => {
                 let id = self.id();
