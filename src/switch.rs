@@ -273,7 +273,7 @@ fn towards_second(ctx: &mut Context, order: &Order) -> Result<()> {
         second.session.set_lock_timeout(settings::lock_attempt())?;
         aside.iter_mut().for_each(|a| a.held.clear());
         let written = plan.write_second(second, &s2, &[], &mut aside, Contended::Wait)?;
-        if written.again {
+        if written.is_not_the_last() {
             second.session.rollback();
             continue;
         }
@@ -337,7 +337,7 @@ fn towards_first(ctx: &mut Context, order: &Order, to: State) -> Result<()> {
         aside.iter_mut().for_each(|a| a.held.clear());
         let written =
             plan.write_first(first, pairs, &migration.name, &s1, &mut aside, Contended::Wait, Some(Side::First))?;
-        if written.again {
+        if written.is_not_the_last() {
             first.session.rollback_to()?;
             continue;
         }

@@ -73,6 +73,13 @@ pub struct Written {
     pub again: bool,
 }
 
+impl Written {
+    /// For the last cycle of a direction: what a client's change has held up would be left behind for good.
+    pub fn is_not_the_last(&self) -> bool {
+        self.again || self.owed.waiting > 0
+    }
+}
+
 /// One direction's rows on their way into a store, in the caller's transaction.
 pub struct Application<'a, S: Session> {
     pub store: &'a mut Store<S>,
@@ -89,8 +96,9 @@ impl<'a, S: Session> Application<'a, S> {
     pub fn run(&mut self, also_owed: &[Aside], contended: Contended) -> Result<Written> {
         let mut written = Written { rows: 0, parked: 0, owed: OwedCount::default(), again: false };
         let deadline = (contended == Contended::Skip).then(|| Instant::now() + GIVE_WAY);
-        if contended == Contended::Skip {
-            self.lock_rows()?;
+        match contended {
+            Contended::Skip => self.lock_rows()?,
+            Contended::Wait => self.await_rows()?,
         }
         self.keep_parents()?;
         for i in (0..self.rows.len()).rev() {
@@ -144,6 +152,17 @@ impl<'a, S: Session> Application<'a, S> {
             let held = self.store.lock_rows(i, &keys_of(&upserts), "NO KEY UPDATE")?;
             let held_too = self.store.lock_rows(i, &deletes, "UPDATE")?;
             self.aside[i].held.extend(held.into_iter().chain(held_too));
+        }
+        Ok(())
+    }
+
+    /// Waits for the rows that are to go: a client that holds one may have just inserted a child of it.
+    fn await_rows(&mut self) -> Result<()> {
+        for i in 0..self.rows.len() {
+            let (_, deletes) = self.left(i);
+            for keys in deletes.chunks(BATCH) {
+                self.store.await_rows(i, keys)?;
+            }
         }
         Ok(())
     }

@@ -276,10 +276,10 @@ impl StoreTable {
         format!("SELECT {} {from}", key_text("t", &self.key))
     }
 
-    /// Locks, in key order, those rows of `$1` that nobody else holds. `strength`: UPDATE or NO KEY UPDATE.
-    pub fn lock_rows(&self, strength: &str) -> String {
+    /// Locks, in key order, those rows of `$1` that are there. `how`: what comes after FOR.
+    pub fn lock_rows(&self, how: &str) -> String {
         let (from, order) = self.keyed(&self.rel, "t", &self.key);
-        format!("SELECT {} {from} ORDER BY {order} FOR {strength} OF t SKIP LOCKED", key_text("t", &self.key))
+        format!("SELECT {} {from} ORDER BY {order} FOR {how}", key_text("t", &self.key))
     }
 
     /// Writes the rows in `$1` (second shape), in key order; rows equal to what is there are not written.

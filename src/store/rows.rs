@@ -203,11 +203,17 @@ impl<S: Session> Store<S> {
         let text = array_literal(keys);
         let locked: BTreeSet<Key> = self
             .session
-            .query(&self.tables[index].lock_rows(strength), &[Some(&text)])?
+            .query(&self.tables[index].lock_rows(&format!("{strength} OF t SKIP LOCKED")), &[Some(&text)])?
             .into_iter()
             .filter_map(|mut r| r.pop().flatten())
             .collect();
         Ok(self.present(index, keys)?.into_iter().filter(|k| !locked.contains(k)).collect())
+    }
+
+    /// Locks those of `keys` that are there, to delete them, and waits for whoever holds one.
+    pub fn await_rows(&mut self, index: usize, keys: &[&Key]) -> Result<()> {
+        let sql = self.tables[index].lock_rows("UPDATE OF t");
+        self.session.query(&sql, &[Some(&array_literal(keys))]).map(drop)
     }
 
     /// Writes rows (in the second shape). Returns how many differed from what was there.
