@@ -12,7 +12,7 @@ use crate::catalog::{self, Move};
 use crate::context::{Context, FirstStore, SecondStore};
 use crate::cycle::appetite::SCOPES;
 use crate::cycle::apply::{Aside, Contended, Written};
-use crate::cycle::backlog::incoming;
+use crate::cycle::backlog::{incoming, wake_both};
 use crate::cycle::plan::Plan;
 use crate::cycle::{self, two_way};
 use crate::divergence;
@@ -135,10 +135,23 @@ fn attempts(ctx: &mut Context, order: &Order, to: State) -> Result<()> {
         }
         show_waiting(ctx, error.detail().as_deref())?;
         order.patience.pause()?;
-        if let Err(e) = cycle::run(ctx, false)
-            && !e.is_contention()
-        {
-            return Err(e);
+        drain(ctx, order)?;
+    }
+}
+
+/// Between two attempts: cycles until the backlog is small again. One may take a part of it only.
+fn drain(ctx: &mut Context, order: &Order) -> Result<()> {
+    loop {
+        match cycle::run(ctx, false) {
+            Ok(outcome) if outcome.scopes.max(outcome.left) <= SMALL_BACKLOG || order.patience.is_over() => {
+                return Ok(());
+            }
+            Ok(_) => {
+                lock::wait_latch(Duration::ZERO);
+                order.patience.check()?;
+            }
+            Err(e) if e.is_contention() => return Ok(()),
+            Err(e) => return Err(e),
         }
     }
 }
@@ -215,12 +228,12 @@ fn bound_pause(ctx: &mut Context, pause: &mut Pause) -> Result<Instant> {
 
 /// What a last cycle is going to write: all that is left, or it has to wait for other cycles.
 fn last_plan(policy: Policy, pairs: &[Pair], first: &mut FirstStore, second: &mut SecondStore) -> Result<Plan> {
-    let mut forward = incoming(first, second, true, SCOPES)?;
-    let mut backward = incoming(second, first, true, SCOPES)?;
+    let mut forward = incoming(first, second, true, SCOPES, SCOPES)?;
+    let mut backward = incoming(second, first, true, SCOPES, SCOPES)?;
     if [&forward, &backward].iter().any(|i| i.is_too_much() || i.left > 0) {
         return Err(Error::LockNotAvailable);
     }
-    two_way::wake_both(first, second, &mut forward, &mut backward)?;
+    wake_both(first, second, &mut forward, &mut backward)?;
     let plan = Plan::make(policy, pairs, first, second, forward, backward, usize::MAX)?;
     plan.ok_or_else(|| Error::internal("a plan without a limit"))
 }

@@ -1,10 +1,10 @@
-//! What is owed is never forgotten by a switch.
+//! What is owed is never forgotten: not by a switch, not by a wait, not under a load that does not end, not where rows wait for each other.
 
 use std::thread;
 
 use pgrx_tests::cluster::explain;
-use pgrx_tests::wait::{SOON, until};
-use pgrx_tests::{Migration, Pair};
+use pgrx_tests::wait::{LONG, SOON, until};
+use pgrx_tests::{Load, Migration, Pair, process};
 use serde_json::json;
 
 /// A migration of one table into `pile` on the second server, in `both`.
@@ -100,5 +100,79 @@ fn a_switch_leaves_no_child_behind() {
         assert_equal(&pair, "elder");
         assert_equal(&pair, "younger");
         migration.set_state("both");
+    }
+}
+
+/// A cycle that takes little at a time, because rows were large, gets through what is owed however much is changed meanwhile.
+#[test]
+fn replication_goes_on_under_load_after_large_rows() {
+    let pair = Pair::new();
+    let fill = "INSERT INTO heap SELECT i, 0, NULL FROM generate_series(1, 3000) AS i";
+    let migration = in_both(&pair, "heap", "n integer, body text", "n integer, body text", fill);
+    let load = Load::start(&pair.first.config("app"), 4, |client, round, connection| {
+        let from = 1000 + client as u64 * 500 + round * 50 % 500;
+        connection.execute(&format!("UPDATE heap SET n = n + 1 WHERE id BETWEEN {from} AND {from} + 49"), &[]).map(drop)
+    });
+    pair.first.sql(
+        "UPDATE heap SET body = (SELECT string_agg(md5(id || ' ' || j), '') FROM generate_series(1, 131072) AS j) WHERE id <= 12",
+    );
+    pair.second.sql("UPDATE pile.heap SET n = -1 WHERE id = 20");
+    let there = "SELECT 1 FROM pile.heap WHERE id = 12 AND length(body) > 4000000";
+    until("large rows have been replicated", SOON, || pair.second.text(there).is_some());
+    let back = "SELECT 1 FROM heap__first WHERE id = 20 AND n = -1";
+    until("a row has come back", SOON, || pair.first.text(back).is_some());
+    load.stop().assert_clean("under load");
+    migration.settle();
+    assert_equal(&pair, "heap");
+}
+
+/// Values that move along a chain of more rows than a cycle takes.
+#[test]
+fn unique_values_move_along_a_long_chain() {
+    let pair = Pair::new();
+    let column = "pos integer UNIQUE DEFERRABLE";
+    let fill = "INSERT INTO line SELECT i, i FROM generate_series(1, 20000) AS i; ANALYZE line";
+    let migration = in_both(&pair, "line", column, column, fill);
+    pair.first.sql("UPDATE line SET pos = pos + 1");
+    migration.try_wait(LONG).unwrap_or_else(|e| panic!("{}", explain(&e)));
+    assert_equal(&pair, "line");
+    pair.second.sql("UPDATE pile.line SET pos = 40000 - pos");
+    migration.try_wait(LONG).unwrap_or_else(|e| panic!("{}", explain(&e)));
+    assert_equal(&pair, "line");
+    assert!(migration.conflicts().is_empty());
+}
+
+/// A table without rows is truncated: there is nothing to owe, and the other direction has still to be looked at.
+#[test]
+fn a_wait_sees_both_directions() {
+    let pair = Pair::new();
+    pair.first.sql("CREATE TABLE empty (id integer PRIMARY KEY); CREATE TABLE filled (id integer PRIMARY KEY)");
+    pair.second_store(
+        "pile",
+        "CREATE TABLE empty (id integer PRIMARY KEY); CREATE TABLE filled (id integer PRIMARY KEY)",
+    );
+    let table = |name: &str| json!({"first": format!("public.{name}"), "second": format!("pile.{name}"), "second_view": format!("public.{name}_2")});
+    let migration = Migration::start(&pair, "two", &json!({"tables": [table("empty"), table("filled")]}));
+    migration.until_state("first");
+    migration.set_state("both");
+    for round in 1..=5 {
+        let worker = migration.worker();
+        let locks = format!("SELECT 1 FROM pg_locks WHERE pid = {worker} AND locktype = 'relation'");
+        until("the worker is held between two cycles", SOON, || {
+            process::signal(worker, process::STOP);
+            until("the worker is held", SOON, || process::is_stopped(worker));
+            let between = pair.first.text(&locks).is_none();
+            between || !process::signal(worker, process::CONTINUE)
+        });
+        pair.first.sql("TRUNCATE empty__first");
+        pair.second.sql(&format!("INSERT INTO pile.filled VALUES ({round})"));
+        thread::scope(|scope| {
+            let waiting = scope.spawn(|| migration.try_wait(LONG));
+            let filed = "SELECT 1 FROM crossover.request WHERE kind = 'wait' AND status = 'queued'";
+            until("the wait is filed", SOON, || pair.first.text(filed).is_some());
+            process::signal(worker, process::CONTINUE);
+            waiting.join().expect("no panic").unwrap_or_else(|e| panic!("{}", explain(&e)));
+        });
+        assert_equal(&pair, "filled");
     }
 }

@@ -13,35 +13,39 @@ const FEW: usize = 100;
 
 /// How many scopes of either direction the next cycle takes: fewer where their rows are large.
 #[derive(Debug, Clone, Copy)]
-pub struct Appetite(usize);
+pub struct Appetite {
+    scopes: usize,
+    /// The cycle before has put off what was changed, and applied nothing.
+    pub has_put_off: bool,
+}
 
 impl Default for Appetite {
     fn default() -> Appetite {
-        Appetite(SCOPES)
+        Appetite { scopes: SCOPES, has_put_off: false }
     }
 }
 
 impl Appetite {
     pub fn scopes(self) -> usize {
-        self.0
+        self.scopes
     }
 
     /// Bytes that a plan's rows may have: one row of either store is never too large.
     pub fn room(self) -> usize {
-        if self.0 == 1 { usize::MAX } else { ROOM }
+        if self.scopes == 1 { usize::MAX } else { ROOM }
     }
 
     /// The rows of `scopes` scopes have no room.
     pub fn shrink(&mut self, scopes: usize) {
-        self.0 = (scopes.min(self.0) / 4).max(1);
+        self.scopes = (scopes.min(self.scopes) / 4).max(1);
     }
 
     /// After a cycle whose writes took `time`, during which clients may have waited for its rows.
     pub fn adapt(&mut self, time: Duration, scopes: usize, bytes: usize) {
         if time > PATIENCE_OF_CLIENTS {
-            self.0 = (scopes.min(self.0) / 2).max(FEW.min(self.0));
+            self.scopes = (scopes.min(self.scopes) / 2).max(FEW.min(self.scopes));
         } else if bytes < ROOM / 4 {
-            self.0 = (self.0 * 2).min(SCOPES);
+            self.scopes = (self.scopes * 2).min(SCOPES);
         }
     }
 }

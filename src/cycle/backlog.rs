@@ -22,7 +22,8 @@ pub struct Incoming {
     pub owed: OwedCount,
     /// What is owed and left for other cycles.
     pub left: usize,
-    since: Snapshot,
+    /// The watermark.
+    pub since: Snapshot,
 }
 
 /// Changed keys of one table, a batch of them, with the times of their last changes.
@@ -38,8 +39,8 @@ pub enum Whole {
     Destination,
 }
 
-/// Reads what `destination` has not seen of `source` yet, in the transactions that both are in: at most `limit` scopes of the log, and as
-/// many of what is owed.
+/// Reads what `destination` has not seen of `source` yet, in the transactions that both are in: at most `limit` scopes of the log, and
+/// `turns` of what is owed.
 ///
 /// # Errors
 /// `Error::Lost` when the source has lost changes that the watermark covers.
@@ -48,6 +49,7 @@ pub fn incoming<A: Session, B: Session>(
     destination: &mut Store<B>,
     retry_parked: bool,
     limit: usize,
+    turns: usize,
 ) -> Result<Incoming> {
     let watermark = destination.watermark()?.ok_or_else(|| Error::internal("no watermark"))?;
     let counter = source.counter()?;
@@ -56,11 +58,11 @@ pub fn incoming<A: Session, B: Session>(
         return Err(Error::Lost { side: source.side(), detail });
     }
     let logged = source.changes(&watermark.snapshot, limit)?;
-    let (mut changes, owed, mut left) = (logged.changes, destination.owed_count()?, 0);
-    if owed.waiting > 0 || retry_parked && owed.parked > 0 {
-        let picked = destination.pick_owed(limit, retry_parked)?;
-        let count: usize = picked.iter().map(|p| p.keys.len()).sum();
-        left = owed.waiting.saturating_sub(count);
+    let (mut changes, owed) = (logged.changes, destination.owed_count()?);
+    let mut left = owed.waiting;
+    if turns > 0 && (owed.waiting > 0 || retry_parked && owed.parked > 0) {
+        let (picked, waiting) = destination.pick_owed(turns, retry_parked)?;
+        left = left.saturating_sub(waiting);
         for (table, picked) in changes.iter_mut().zip(picked) {
             picked.keys.into_iter().for_each(|(key, at)| table.add(key, at));
         }
@@ -75,7 +77,7 @@ impl Incoming {
 
     /// Too much for a cycle that holds its rows in memory: a long log, or a whole table.
     pub fn is_too_much(&self) -> bool {
-        self.more || self.changes.iter().any(|c| c.whole.is_some())
+        self.more || self.has_whole()
     }
 
     /// In memory.
@@ -128,6 +130,37 @@ impl Incoming {
                 }
                 each(source, destination, &page)?;
             }
+        }
+        Ok(())
+    }
+
+    /// Has whole tables, whose rows nobody knows yet.
+    pub fn has_whole(&self) -> bool {
+        self.changes.iter().any(|c| c.whole.is_some())
+    }
+
+    /// Leaves those scopes for other cycles that the part of the log which has not been read has as well.
+    pub fn leave_unread<A: Session>(&mut self, source: &mut Store<A>) -> Result<()> {
+        if !self.more {
+            return Ok(());
+        }
+        for (i, changes) in self.changes.iter_mut().enumerate() {
+            let keys: Vec<&Key> = changes.keys.keys().collect();
+            let mut unread = BTreeSet::new();
+            for keys in keys.chunks(BATCH) {
+                unread.extend(source.changed_since(i, keys, &self.since)?);
+            }
+            self.left += unread.len();
+            changes.keys.retain(|key, _| !unread.contains(key));
+        }
+        Ok(())
+    }
+
+    /// Takes twice as many scopes of what is owed into the cycle, although it is not their turn.
+    pub fn take_more<B: Session>(&mut self, destination: &mut Store<B>) -> Result<()> {
+        let (picked, _) = destination.pick_owed(2 * self.scopes(), false)?;
+        for (table, picked) in self.changes.iter_mut().zip(picked) {
+            picked.keys.into_iter().for_each(|(key, at)| table.add(key, at));
         }
         Ok(())
     }
@@ -188,7 +221,7 @@ pub fn put_off<A: Session, B: Session>(source: &mut Store<A>, destination: &mut 
     let seen = source.begin_read()?;
     source.check_capture()?;
     destination.begin_write()?;
-    let incoming = incoming(source, destination, false, SCOPES)?;
+    let incoming = incoming(source, destination, false, SCOPES, 0)?;
     let mut scopes = 0;
     let mut owe = |index: usize, destination: &mut Store<B>, page: &Page| {
         scopes += page.len();
@@ -209,4 +242,22 @@ pub fn put_off<A: Session, B: Session>(source: &mut Store<A>, destination: &mut 
     fault::point("cycle:put-off")?;
     destination.session.commit()?;
     Ok(scopes)
+}
+
+/// A scope that is owed to one store and changes on that store takes part in the decision at once, whether it is its turn or not, parked or
+/// not: or its image would be overwritten unseen.
+pub fn wake_both<A: Session, B: Session>(
+    first: &mut Store<A>,
+    second: &mut Store<B>,
+    forward: &mut Incoming,
+    backward: &mut Incoming,
+) -> Result<()> {
+    fn keys(keys: &BTreeMap<Key, Micros>) -> Vec<&Key> {
+        keys.keys().collect()
+    }
+    for i in 0..forward.changes.len() {
+        forward.wake(second, i, &keys(&backward.changes[i].keys))?;
+        backward.wake(first, i, &keys(&forward.changes[i].keys))?;
+    }
+    Ok(())
 }

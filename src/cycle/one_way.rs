@@ -49,7 +49,7 @@ fn run_with<A: Session, B: Session>(
     source.check_capture()?;
     destination.session.begin(Isolation::ReadCommitted, &[])?;
     destination.check_idle_capture()?;
-    let incoming = incoming(source, destination, retry_parked, SCOPES)?;
+    let incoming = incoming(source, destination, retry_parked, SCOPES, SCOPES)?;
     if incoming.is_empty() {
         destination.session.rollback();
         source.end_read()?;

@@ -3,13 +3,17 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::apply::{Application, Aside, Contended, Rows, Written};
-use super::backlog::Incoming;
+use super::backlog::{Incoming, wake_both};
 use crate::conflict::{Node, decide};
 use crate::context::{FirstStore, SecondStore};
 use crate::error::{Result, Side};
 use crate::mapping::model::Policy;
 use crate::mapping::rule::Pair;
 use crate::store::{BATCH, Key, Session, Snapshot, Store, in_batches};
+
+/// Rows of a chain, each in the way of the one before, that come into a plan one by one. It may be as long as what is owed: then that comes
+/// in twice as much at a time.
+const LINKS: usize = 8;
 
 struct ConflictRow {
     key: Key,
@@ -42,6 +46,7 @@ impl Plan {
         let mut links: BTreeSet<(Node, Node)> = BTreeSet::new();
         // Rows that nobody has changed and that are in the way all the same: derived anew with the others.
         let mut stale: [BTreeSet<Node>; 2] = Default::default();
+        let mut rounds = 0;
         loop {
             let mut decisions = decide(policy, &forward.changes, &backward.changes, &links);
             for (table, key) in &stale[0] {
@@ -54,17 +59,23 @@ impl Plan {
             let Some(rows_forward) = rows_of(first, forward_keys, room)? else { return Ok(None) };
             let backward_keys = decisions.iter().map(|d| &d.backward);
             let Some(rows_backward) = rows_of(second, backward_keys, room)? else { return Ok(None) };
-            let mut news = false;
+            let (mut news, mut woken) = (false, false);
             for (mine, other) in collisions(second, &rows_forward)? {
                 // What of the other row is owed, in either direction, is decided with it.
-                news |= forward.wake(second, other.0, &[&other.1])? | backward.wake(first, other.0, &[&other.1])?;
+                woken |= forward.wake(second, other.0, &[&other.1])? | backward.wake(first, other.0, &[&other.1])?;
                 news |= join(&mut links, &mut stale[0], mine, other, &backward, &rows_backward);
             }
             for (mine, other) in collisions(first, &rows_backward)? {
-                news |= forward.wake(second, other.0, &[&other.1])? | backward.wake(first, other.0, &[&other.1])?;
+                woken |= forward.wake(second, other.0, &[&other.1])? | backward.wake(first, other.0, &[&other.1])?;
                 news |= join(&mut links, &mut stale[1], mine, other, &forward, &rows_forward);
             }
-            if news {
+            rounds += usize::from(woken);
+            if woken && rounds.is_multiple_of(LINKS) {
+                forward.take_more(second)?;
+                backward.take_more(first)?;
+                wake_both(first, second, &mut forward, &mut backward)?;
+            }
+            if news || woken {
                 continue;
             }
             let (mut conflicts, mut left) = (Vec::new(), room);

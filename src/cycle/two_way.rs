@@ -1,19 +1,18 @@
 //! Both directions in one cycle, while both stores have clients: first commits first, with the conflicts; then second.
 
-use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use super::Outcome;
 use super::appetite::Appetite;
 use super::apply::{Aside, Contended};
-use super::backlog::{Incoming, incoming, put_off};
+use super::backlog::{incoming, put_off, wake_both};
 use super::plan::Plan;
 use crate::context::{FirstStore, SecondStore};
 use crate::error::{Result, Side};
 use crate::fault;
 use crate::mapping::model::Policy;
 use crate::mapping::rule::Pair;
-use crate::store::{Key, Micros, Session, Watermark};
+use crate::store::{Session, Watermark};
 
 /// A write in `both` yields to a client after this long at one lock, well below PostgreSQL's deadlock_timeout of 1 s.
 const YIELD_AFTER: Duration = Duration::from_millis(200);
@@ -31,9 +30,13 @@ pub fn run(
     let s2 = second.begin_read()?;
     first.check_capture()?;
     second.check_capture()?;
-    let mut forward = incoming(first, second, retry_parked, appetite.scopes())?;
-    let mut backward = incoming(second, first, retry_parked, appetite.scopes())?;
-    if forward.is_too_much() || backward.is_too_much() {
+    let mut forward = incoming(first, second, retry_parked, appetite.scopes(), appetite.scopes())?;
+    let mut backward = incoming(second, first, retry_parked, appetite.scopes(), appetite.scopes())?;
+    let has_whole = forward.has_whole() || backward.has_whole();
+    // After a cycle that has put off comes one that applies, however much is changed meanwhile: it leaves the log, and the watermark.
+    let has_put_off = std::mem::replace(&mut appetite.has_put_off, false);
+    if has_whole || !has_put_off && (forward.more || backward.more) {
+        appetite.has_put_off = true;
         second.end_read()?;
         first.end_read()?;
         let mut scopes = 0;
@@ -43,8 +46,12 @@ pub fn run(
         if backward.is_too_much() {
             scopes += put_off(second, first)?;
         }
+        // Where no row was there, the other direction has still to be looked at.
+        let scopes = scopes.max(1);
         return Ok(Outcome { scopes, left: scopes, ..Outcome::default() });
     }
+    forward.leave_unread(first)?;
+    backward.leave_unread(second)?;
     wake_both(first, second, &mut forward, &mut backward)?;
     let parked = forward.owed.parked + backward.owed.parked;
     if forward.is_empty() && backward.is_empty() {
@@ -54,6 +61,10 @@ pub fn run(
     }
     let scopes = forward.scopes() + backward.scopes();
     let before = [backward.owed, forward.owed];
+    // What has not been read counts as changed since then.
+    let seen1 = if forward.more { forward.since.clone() } else { s1.clone() };
+    let seen2 = if backward.more { backward.since.clone() } else { s2.clone() };
+    let unread = [forward.more, backward.more].map(usize::from).iter().sum::<usize>();
     let Some(plan) = Plan::make(policy, pairs, first, second, forward, backward, appetite.room())? else {
         second.end_read()?;
         first.end_read()?;
@@ -76,14 +87,14 @@ pub fn run(
         let began = Instant::now();
         first.begin_write()?;
         first.session.set_lock_timeout(YIELD_AFTER)?;
-        let written = plan.write_first(first, pairs, name, &s1, &mut aside, Contended::Skip, Some(Side::First))?;
+        let written = plan.write_first(first, pairs, name, &seen1, &mut aside, Contended::Skip, Some(Side::First))?;
         outcome.rows += written.rows;
         if written.again {
             first.session.rollback();
             continue;
         }
         owed[0] = written.owed;
-        if let Some(counter) = counter2 {
+        if let Some(counter) = counter2.filter(|_| !plan.incoming_backward.more) {
             first.set_watermark(&Watermark { snapshot: s2.clone(), counter })?;
         }
         fault::point("cycle:first-written")?;
@@ -100,14 +111,16 @@ pub fn run(
             let began = Instant::now();
             second.begin_write()?;
             second.session.set_lock_timeout(YIELD_AFTER)?;
-            let written = plan.write_second(second, &s2, &aside, &mut aside2, Contended::Skip)?;
+            let written = plan.write_second(second, &seen2, &aside, &mut aside2, Contended::Skip)?;
             outcome.rows += written.rows;
             if written.again {
                 second.session.rollback();
                 continue;
             }
             owed[1] = written.owed;
-            second.set_watermark(&Watermark { snapshot: s1.clone(), counter: counter1 })?;
+            if !plan.incoming_forward.more {
+                second.set_watermark(&Watermark { snapshot: s1.clone(), counter: counter1 })?;
+            }
             fault::point("cycle:second-written")?;
             second.session.commit()?;
             slowest = slowest.max(began.elapsed());
@@ -117,27 +130,9 @@ pub fn run(
         fault::point("cycle:second-committed")?;
     }
     outcome.parked = owed.iter().map(|o| o.parked).sum();
-    outcome.left = owed.iter().map(|o| o.waiting).sum();
+    outcome.left = owed.iter().map(|o| o.waiting).sum::<usize>() + unread;
     appetite.adapt(slowest, scopes, plan.bytes());
     Ok(outcome)
-}
-
-/// A scope that is owed to one store and changes on that store takes part in the decision at once, whether it is its turn or not, parked or
-/// not: or its image would be overwritten unseen.
-pub fn wake_both(
-    first: &mut FirstStore,
-    second: &mut SecondStore,
-    forward: &mut Incoming,
-    backward: &mut Incoming,
-) -> Result<()> {
-    fn keys(keys: &BTreeMap<Key, Micros>) -> Vec<&Key> {
-        keys.keys().collect()
-    }
-    for i in 0..forward.changes.len() {
-        forward.wake(second, i, &keys(&backward.changes[i].keys))?;
-        backward.wake(first, i, &keys(&forward.changes[i].keys))?;
-    }
-    Ok(())
 }
 
 /// Increments first's counter in the transaction that is about to commit: its commit is what flushes.

@@ -121,7 +121,7 @@ pub struct Store<S: Session> {
 
 impl<S: Session> Store<S> {
     pub fn new(session: S, objects: Objects) -> Store<S> {
-        Store { session, objects, tables: Vec::new(), constraints: Constraints::default(), pace: BATCH }
+        Store { session, objects, tables: Vec::new(), constraints: Constraints::default(), pace: rows::UNKNOWN }
     }
 
     pub fn side(&self) -> Side {

@@ -71,22 +71,23 @@ impl<S: Session> Store<S> {
         parse(self.session.admin_query(&sql, &[])?[0][0].as_deref().unwrap_or("0"))
     }
 
-    /// The scopes whose turn it is, by table: those that have waited longest. `parked`: parked rows as well.
-    pub fn pick_owed(&mut self, limit: usize, parked: bool) -> Result<Vec<Changes>> {
+    /// The scopes whose turn it is, by table: those that have waited longest; and how many of them wait. `parked`: parked rows as well.
+    pub fn pick_owed(&mut self, limit: usize, parked: bool) -> Result<(Vec<Changes>, usize)> {
         let which = if parked { "" } else { "WHERE error IS NULL " };
         let sql = format!(
-            "SELECT source, key::text, {MICROS} FROM {} {which}ORDER BY turn LIMIT {limit}",
+            "SELECT source, key::text, {MICROS}, error IS NULL FROM {} {which}ORDER BY turn LIMIT {limit}",
             self.objects.owed()
         );
-        let mut picked = vec![Changes::default(); self.tables.len()];
+        let (mut picked, mut waiting) = (vec![Changes::default(); self.tables.len()], 0);
         for row in self.session.admin_query(&sql, &[])? {
-            let [Some(source), Some(key), Some(at)] = &row[..] else {
+            let [Some(source), Some(key), Some(at), Some(waits)] = &row[..] else {
                 return Err(Error::internal("malformed owed row"));
             };
+            waiting += usize::from(waits == "t");
             let table = picked.get_mut(parse::<usize>(source)?);
             table.ok_or_else(|| Error::internal("unknown table owed"))?.add(key.clone(), parse(at)?);
         }
-        Ok(picked)
+        Ok((picked, waiting))
     }
 
     /// Those of `keys` that are owed, parked ones too.
@@ -165,13 +166,14 @@ impl<S: Session> Store<S> {
         .map(drop)
     }
 
-    /// Owes scopes; one that is owed already goes to the end of the queue.
+    /// Owes scopes; one that waits already keeps its place in the queue.
     pub fn owe(&mut self, index: usize, owed: &[Owed]) -> Result<()> {
         for owed in super::in_batches(owed, |o| o.key.len() + o.image.as_ref().map_or(0, String::len)) {
             let sql = format!(
                 "INSERT INTO {} AS o (source, key, at, error, image) SELECT $1::text::int, k::text[], to_timestamp(a::numeric / 1000000), e, i \
                  FROM unnest($2::text[], $3::text[], $4::text[], $5::text[]) AS u(k, a, e, i) ON CONFLICT (source, key) DO UPDATE \
-                 SET at = greatest(o.at, EXCLUDED.at), error = EXCLUDED.error, image = EXCLUDED.image, turn = EXCLUDED.turn",
+                 SET at = greatest(o.at, EXCLUDED.at), error = EXCLUDED.error, image = EXCLUDED.image, \
+                 turn = CASE WHEN o.error IS NULL AND EXCLUDED.error IS NULL THEN o.turn ELSE EXCLUDED.turn END",
                 self.objects.owed()
             );
             let params = [

@@ -9,6 +9,8 @@ use crate::mapping::text::array_literal;
 
 /// Rows, or keys, of one statement at most.
 pub const BATCH: usize = 1000;
+/// Rows to ask a store for at first, as long as nobody knows how large they are.
+pub(super) const UNKNOWN: usize = 32;
 /// Bytes of rows, as text, after which a batch is full.
 const BATCH_BYTES: usize = 1 << 20;
 
@@ -105,21 +107,35 @@ impl<S: Session> Store<S> {
         Ok(derived)
     }
 
+    /// As few are asked for at a time as their size bids: what comes of a statement after `limit` is thrown away, and no answer should take long.
     fn read_rows(&mut self, index: usize, keys: &[&Key], limit: usize) -> Result<Derived> {
         let sql = self.tables[index].derive();
         let mut derived = Derived::default();
-        self.session.stream(&sql, &[Some(&array_literal(keys))], &mut |row| {
-            let [Some(key), Some(row)] = row else { return Err(Error::internal("malformed row")) };
-            derived.bytes += row.len();
-            derived.rows.insert(text(key)?, text(row)?);
-            derived.full = derived.bytes >= limit;
-            Ok(if derived.full { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
-        })?;
-        Ok(derived)
+        let mut left = keys;
+        loop {
+            let (asked, rest) = left.split_at(self.pace.min(left.len()));
+            let (mut rows, mut bytes) = (0, 0);
+            self.session.stream(&sql, &[Some(&array_literal(asked))], &mut |row| {
+                let [Some(key), Some(row)] = row else { return Err(Error::internal("malformed row")) };
+                (rows, bytes) = (rows + 1, bytes + row.len());
+                derived.rows.insert(text(key)?, text(row)?);
+                derived.full = derived.bytes + bytes >= limit;
+                Ok(if derived.full { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
+            })?;
+            derived.bytes += bytes;
+            if bytes >= BATCH_BYTES {
+                self.pace = (rows * BATCH_BYTES / bytes).clamp(1, BATCH);
+            } else if bytes < BATCH_BYTES / 2 && asked.len() == self.pace {
+                self.pace = (self.pace * 2).min(BATCH);
+            }
+            left = rest;
+            if derived.full || left.is_empty() {
+                return Ok(derived);
+            }
+        }
     }
 
-    /// Derives the rows of `keys` and hands them over in batches. As few are asked for at a time as their size bids: what has come of a
-    /// statement when a batch is full is all that is kept of it.
+    /// Derives the rows of `keys` and hands them over in batches.
     pub fn derive_in_batches(
         &mut self,
         index: usize,
@@ -128,17 +144,13 @@ impl<S: Session> Store<S> {
     ) -> Result<()> {
         let mut left = keys.to_vec();
         while !left.is_empty() {
-            let rest = left.split_off(self.pace.min(left.len()));
+            let rest = left.split_off(BATCH.min(left.len()));
             let derived = self.derive_up_to(index, &left, BATCH_BYTES)?;
             each(self, &derived)?;
             if derived.full {
-                self.pace = derived.rows.len().max(1);
                 left.retain(|k| !derived.rows.contains_key(*k) && !derived.refused.contains_key(*k));
             } else {
                 left.clear();
-                if derived.bytes < BATCH_BYTES / 2 {
-                    self.pace = (self.pace * 2).min(BATCH);
-                }
             }
             left.extend(rest);
         }
