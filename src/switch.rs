@@ -92,10 +92,12 @@ fn probe(ctx: &mut Context, order: &Order, to: State) -> Result<()> {
             (ctx.migration.state, to),
             (State::First, State::Both) | (State::Both, State::Second) | (State::Second, State::Both)
         );
-        if newly_exposes && outcome.parked > 0 {
+        let refused = newly_exposes && outcome.parked > 0;
+        // What is owed may be what a parked row lacks.
+        if refused && (outcome.left == 0 || order.patience.is_over()) {
             return Err(Error::Parked { name: ctx.migration.name.clone(), count: outcome.parked as i64 });
         }
-        if outcome.scopes.max(outcome.left) <= SMALL_BACKLOG {
+        if !refused && outcome.scopes.max(outcome.left) <= SMALL_BACKLOG {
             return Ok(());
         }
         if order.patience.is_over() {
