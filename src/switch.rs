@@ -10,7 +10,7 @@ use pgrx::pg_sys;
 
 use crate::catalog::{self, Move};
 use crate::context::{Context, FirstStore, SecondStore};
-use crate::cycle::appetite::SCOPES;
+use crate::cycle::appetite::MOST_AT_LAST;
 use crate::cycle::apply::{Aside, Contended, Written};
 use crate::cycle::backlog::{incoming, wake_both};
 use crate::cycle::plan::Plan;
@@ -27,7 +27,7 @@ use crate::statistics;
 use crate::store::{Isolation, Session, Store, Watermark};
 use crate::views;
 
-/// Scopes that a last cycle may have to apply while clients wait.
+/// Scopes that a last cycle may have to apply while clients wait, however long it takes.
 const SMALL_BACKLOG: usize = 500;
 /// Rounds of the last cycle that give way to clients of the store that stays exposed.
 const ROUNDS: usize = 20;
@@ -84,10 +84,12 @@ pub fn fence_pending(ctx: &mut Context, order: &Order) -> Result<()> {
     attempts(ctx, order, State::First)
 }
 
-/// Refuses a switch whose backlog cannot drain in time, or that would expose a store for which a row is parked.
+/// Waits until a last cycle would not be long. Refuses a switch whose backlog cannot drain in time, or that would expose a store for which a row is parked.
 fn probe(ctx: &mut Context, order: &Order, to: State) -> Result<()> {
     loop {
+        let began = Instant::now();
         let outcome = cycle::run(ctx, true)?;
+        let took = began.elapsed();
         let newly_exposes = matches!(
             (ctx.migration.state, to),
             (State::First, State::Both) | (State::Both, State::Second) | (State::Second, State::Both)
@@ -97,7 +99,8 @@ fn probe(ctx: &mut Context, order: &Order, to: State) -> Result<()> {
         if refused && (outcome.left == 0 || order.patience.is_over()) {
             return Err(Error::Parked { name: ctx.migration.name.clone(), count: outcome.parked as i64 });
         }
-        if !refused && outcome.scopes.max(outcome.left) <= SMALL_BACKLOG {
+        let drains = outcome.scopes <= SMALL_BACKLOG || took < settings::max_pause() / 4;
+        if !refused && outcome.left <= SMALL_BACKLOG && drains {
             return Ok(());
         }
         if order.patience.is_over() {
@@ -228,13 +231,23 @@ fn bound_pause(ctx: &mut Context, pause: &mut Pause) -> Result<Instant> {
     Ok(end)
 }
 
-/// What a last cycle is going to write: all that is left, or it has to wait for other cycles.
-fn last_plan(policy: Policy, pairs: &[Pair], first: &mut FirstStore, second: &mut SecondStore) -> Result<Plan> {
-    let mut forward = incoming(first, second, true, SCOPES, SCOPES)?;
-    let mut backward = incoming(second, first, true, SCOPES, SCOPES)?;
-    if [&forward, &backward].iter().any(|i| i.is_too_much() || i.left > 0) {
+/// What a last cycle is going to write: all that is left of the direction that ends with the writers of `ending`, or it has to wait for other
+/// cycles. Of the other direction, whose writers go on, what has to do with it; the rest is for the cycles that come.
+fn last_plan(
+    policy: Policy,
+    pairs: &[Pair],
+    first: &mut FirstStore,
+    second: &mut SecondStore,
+    ending: Side,
+) -> Result<Plan> {
+    let mut forward = incoming(first, second, true, MOST_AT_LAST, MOST_AT_LAST)?;
+    let mut backward = incoming(second, first, true, MOST_AT_LAST, MOST_AT_LAST)?;
+    let last = if ending == Side::First { &forward } else { &backward };
+    if last.is_too_much() || last.left > 0 {
         return Err(Error::LockNotAvailable);
     }
+    forward.complete(first)?;
+    backward.complete(second)?;
     wake_both(first, second, &mut forward, &mut backward)?;
     let plan = Plan::make(policy, pairs, first, second, forward, backward, usize::MAX)?;
     plan.ok_or_else(|| Error::internal("a plan without a limit"))
@@ -281,7 +294,7 @@ fn towards_second(ctx: &mut Context, order: &Order) -> Result<()> {
         first.check_capture()?;
         second.check_capture()?;
         let s1 = first.snapshot()?;
-        let plan = last_plan(policy, pairs, first, second)?;
+        let plan = last_plan(policy, pairs, first, second, Side::First)?;
         second.end_read()?;
         let counter1 = first.flush()?;
         second.begin_write()?;
@@ -306,7 +319,9 @@ fn towards_second(ctx: &mut Context, order: &Order) -> Result<()> {
     settle(first, pairs.len(), |first, aside| {
         plan.write_first(first, pairs, &name, &s1, aside, Contended::Wait, None)
     })?;
-    first.set_watermark(&Watermark { snapshot: s2, counter: counter2 })?;
+    if !plan.incoming_backward.is_too_much() {
+        first.set_watermark(&Watermark { snapshot: s2, counter: counter2 })?;
+    }
     pause.drained = plan.log_rows();
     first.set_fence(true)?;
     views::point_at_second(ctx)?;
@@ -346,7 +361,7 @@ fn towards_first(ctx: &mut Context, order: &Order, to: State) -> Result<()> {
         let s2 = second.snapshot()?;
         first.check_capture()?;
         second.check_capture()?;
-        let plan = last_plan(policy, pairs, first, second)?;
+        let plan = last_plan(policy, pairs, first, second, Side::Second)?;
         let counter2 = second.flush()?;
         first.session.savepoint()?;
         aside.iter_mut().for_each(|a| a.held.clear());
@@ -382,7 +397,9 @@ fn towards_first(ctx: &mut Context, order: &Order, to: State) -> Result<()> {
     second.mark_origin()?;
     let tables = second.tables.len();
     settle(second, tables, |second, aside| plan.write_second(second, &s2, &[], aside, Contended::Wait))?;
-    second.set_watermark(&Watermark { snapshot: s1, counter: counter1 })?;
+    if !plan.incoming_forward.is_too_much() {
+        second.set_watermark(&Watermark { snapshot: s1, counter: counter1 })?;
+    }
     if to == State::First && fence {
         second.set_fence(true)?;
     }

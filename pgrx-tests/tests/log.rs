@@ -39,6 +39,13 @@ fn warned(migration: &Migration) -> Option<i64> {
     hint.split("have reached ").nth(1)?.split(' ').next()?.parse().ok()
 }
 
+/// Bytes of the first store's change log.
+fn log_size(pair: &Pair) -> Option<i64> {
+    let size = "SELECT sum(pg_total_relation_size(c.oid))::bigint FROM pg_class c JOIN pg_inherits ON inhrelid = c.oid \
+                WHERE relnamespace = 'crossover'::regnamespace AND relname ^@ 'log_' AND relkind = 'r'";
+    pair.first.text(size)?.parse().ok()
+}
+
 /// One log row for each row of the heap, again and again.
 fn write_until(pair: &Pair, store: &str, what: &str, mut condition: impl FnMut() -> bool) {
     let cluster = if store == "heap" { &pair.first } else { &pair.second };
@@ -63,6 +70,12 @@ fn past_the_limit_capture_is_dropped_and_all_is_copied_again() {
         pair.second.stop(Stop::Fast);
         let mut seen = Vec::new();
         write_until(&pair, "heap", "the limit is passed", || {
+            // It looks once a second; however busy the machine is, not everything comes between two looks.
+            let size = log_size(&pair);
+            until("the worker has looked", SOON, || {
+                let status = migration.status();
+                status.state() == "copying" || status.0["log_bytes"].as_i64() >= size
+            });
             if let Some(percent) = warned(&migration).filter(|p| *p < 100) {
                 assert!(percent >= 50, "a warning at {percent} %");
                 assert_eq!(migration.state(), "first");

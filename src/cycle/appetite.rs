@@ -4,12 +4,14 @@ use std::time::Duration;
 
 /// Scopes that a cycle holds in memory, of either direction.
 pub const SCOPES: usize = 10_000;
+/// Scopes that the last cycle of a direction takes, for which its writers wait: more than ever come while a switch takes its locks.
+pub const MOST_AT_LAST: usize = 10 * SCOPES;
 /// Bytes that the rows of one direction, or the images of conflicts, may have in memory.
 const ROOM: usize = 8 << 20;
 /// How long the writes of a cycle should take on either store at most.
-const PATIENCE_OF_CLIENTS: Duration = Duration::from_millis(300);
-/// Scopes of which a cycle is not made smaller for the time that it takes.
-const FEW: usize = 100;
+const PATIENCE_OF_CLIENTS: Duration = Duration::from_millis(800);
+/// Scopes of which a cycle is not made smaller for the time that it takes: on a busy machine it would fall behind ever more.
+const FEW: usize = 2000;
 
 /// How many scopes of either direction the next cycle takes: fewer where their rows are large.
 #[derive(Debug, Clone, Copy)]

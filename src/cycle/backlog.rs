@@ -75,9 +75,9 @@ impl Incoming {
         !self.more && self.changes.iter().all(Changes::is_empty)
     }
 
-    /// Too much for a cycle that holds its rows in memory: a long log, or a whole table.
+    /// Too much for a cycle that holds its rows in memory: a long log, or a whole table. Whatever such a cycle applies, the watermark stays.
     pub fn is_too_much(&self) -> bool {
-        self.more || self.has_whole()
+        self.more || self.changes.iter().any(|c| c.whole.is_some())
     }
 
     /// In memory.
@@ -134,26 +134,31 @@ impl Incoming {
         Ok(())
     }
 
-    /// Has whole tables, whose rows nobody knows yet.
-    pub fn has_whole(&self) -> bool {
-        self.changes.iter().any(|c| c.whole.is_some())
-    }
-
-    /// Leaves those scopes for other cycles that the part of the log which has not been read has as well.
-    pub fn leave_unread<A: Session>(&mut self, source: &mut Store<A>) -> Result<()> {
-        if !self.more {
-            return Ok(());
-        }
-        for (i, changes) in self.changes.iter_mut().enumerate() {
-            let keys: Vec<&Key> = changes.keys.keys().collect();
-            let mut unread = BTreeSet::new();
-            for keys in keys.chunks(BATCH) {
-                unread.extend(source.changed_since(i, keys, &self.since)?);
-            }
-            self.left += unread.len();
-            changes.keys.retain(|key, _| !unread.contains(key));
+    /// The times of what is in memory, as the part of the log has them that has not been read.
+    pub fn complete<A: Session>(&mut self, source: &mut Store<A>) -> Result<()> {
+        for i in 0..self.changes.len() {
+            let keys: Vec<Key> = self.changes[i].keys.keys().cloned().collect();
+            let unread = self.unread_among(source, i, &keys.iter().collect::<Vec<_>>())?;
+            unread.into_iter().for_each(|(key, at)| self.changes[i].add(key, at));
         }
         Ok(())
+    }
+
+    /// Those of `keys` that have been changed, as far as that has not been read.
+    fn unread_among<A: Session>(&self, source: &mut Store<A>, index: usize, keys: &[&Key]) -> Result<Page> {
+        let mut found = Page::new();
+        if self.more {
+            for keys in keys.chunks(BATCH) {
+                found.extend(source.changes_among(index, keys, &self.since)?);
+            }
+        }
+        if let Some(at) = self.changes[index].whole {
+            for key in keys {
+                let last = found.entry((*key).clone()).or_insert(at);
+                *last = at.max(*last);
+            }
+        }
+        Ok(found)
     }
 
     /// Takes twice as many scopes of what is owed into the cycle, although it is not their turn.
@@ -182,15 +187,23 @@ impl Incoming {
         Ok(found)
     }
 
-    /// Takes scopes that are owed into the cycle, although it is not their turn. False if there was none that it had not.
-    pub fn wake<B: Session>(&mut self, destination: &mut Store<B>, index: usize, keys: &[&Key]) -> Result<bool> {
+    /// Takes scopes into the cycle that have not been read, or that are owed although it is not their turn. False if there was none that it
+    /// had not.
+    pub fn wake<A: Session, B: Session>(
+        &mut self,
+        source: &mut Store<A>,
+        destination: &mut Store<B>,
+        index: usize,
+        keys: &[&Key],
+    ) -> Result<bool> {
         let unknown: Vec<&Key> = keys.iter().copied().filter(|k| !self.changes[index].keys.contains_key(*k)).collect();
-        if self.owed.is_zero() || unknown.is_empty() {
+        if unknown.is_empty() {
             return Ok(false);
         }
-        let found = destination.owed_among(index, &unknown)?;
-        let any = !found.is_empty();
-        found.into_iter().for_each(|(key, at)| self.changes[index].add(key, at));
+        let unread = self.unread_among(source, index, &unknown)?;
+        let owed = if self.owed.is_zero() { Page::new() } else { destination.owed_among(index, &unknown)? };
+        let any = !unread.is_empty() || !owed.is_empty();
+        unread.into_iter().chain(owed).for_each(|(key, at)| self.changes[index].add(key, at));
         Ok(any)
     }
 }
@@ -244,7 +257,7 @@ pub fn put_off<A: Session, B: Session>(source: &mut Store<A>, destination: &mut 
     Ok(scopes)
 }
 
-/// A scope that is owed to one store and changes on that store takes part in the decision at once, whether it is its turn or not, parked or
+/// A scope that is owed to one store, or not read, and changes on that store takes part in the decision at once, whether it is its turn or not, parked or
 /// not: or its image would be overwritten unseen.
 pub fn wake_both<A: Session, B: Session>(
     first: &mut Store<A>,
@@ -256,8 +269,8 @@ pub fn wake_both<A: Session, B: Session>(
         keys.keys().collect()
     }
     for i in 0..forward.changes.len() {
-        forward.wake(second, i, &keys(&backward.changes[i].keys))?;
-        backward.wake(first, i, &keys(&forward.changes[i].keys))?;
+        forward.wake(first, second, i, &keys(&backward.changes[i].keys))?;
+        backward.wake(second, first, i, &keys(&forward.changes[i].keys))?;
     }
     Ok(())
 }

@@ -62,11 +62,13 @@ impl Plan {
             let (mut news, mut woken) = (false, false);
             for (mine, other) in collisions(second, &rows_forward)? {
                 // What of the other row is owed, in either direction, is decided with it.
-                woken |= forward.wake(second, other.0, &[&other.1])? | backward.wake(first, other.0, &[&other.1])?;
+                woken |= forward.wake(first, second, other.0, &[&other.1])?;
+                woken |= backward.wake(second, first, other.0, &[&other.1])?;
                 news |= join(&mut links, &mut stale[0], mine, other, &backward, &rows_backward);
             }
             for (mine, other) in collisions(first, &rows_backward)? {
-                woken |= forward.wake(second, other.0, &[&other.1])? | backward.wake(first, other.0, &[&other.1])?;
+                woken |= forward.wake(first, second, other.0, &[&other.1])?;
+                woken |= backward.wake(second, first, other.0, &[&other.1])?;
                 news |= join(&mut links, &mut stale[1], mine, other, &forward, &rows_forward);
             }
             rounds += usize::from(woken);

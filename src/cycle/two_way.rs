@@ -32,10 +32,10 @@ pub fn run(
     second.check_capture()?;
     let mut forward = incoming(first, second, retry_parked, appetite.scopes(), appetite.scopes())?;
     let mut backward = incoming(second, first, retry_parked, appetite.scopes(), appetite.scopes())?;
-    let has_whole = forward.has_whole() || backward.has_whole();
-    // After a cycle that has put off comes one that applies, however much is changed meanwhile: it leaves the log, and the watermark.
+    // After a cycle that has put off comes one that applies what is owed, however much is changed meanwhile.
     let has_put_off = std::mem::replace(&mut appetite.has_put_off, false);
-    if has_whole || !has_put_off && (forward.more || backward.more) {
+    let nothing_owed = forward.scopes() + backward.scopes() == 0;
+    if (forward.is_too_much() || backward.is_too_much()) && (nothing_owed || !has_put_off) {
         appetite.has_put_off = true;
         second.end_read()?;
         first.end_read()?;
@@ -50,8 +50,8 @@ pub fn run(
         let scopes = scopes.max(1);
         return Ok(Outcome { scopes, left: scopes, ..Outcome::default() });
     }
-    forward.leave_unread(first)?;
-    backward.leave_unread(second)?;
+    forward.complete(first)?;
+    backward.complete(second)?;
     wake_both(first, second, &mut forward, &mut backward)?;
     let parked = forward.owed.parked + backward.owed.parked;
     if forward.is_empty() && backward.is_empty() {
@@ -61,10 +61,7 @@ pub fn run(
     }
     let scopes = forward.scopes() + backward.scopes();
     let before = [backward.owed, forward.owed];
-    // What has not been read counts as changed since then.
-    let seen1 = if forward.more { forward.since.clone() } else { s1.clone() };
-    let seen2 = if backward.more { backward.since.clone() } else { s2.clone() };
-    let unread = [forward.more, backward.more].map(usize::from).iter().sum::<usize>();
+    let unread = [&forward, &backward].into_iter().filter(|i| i.is_too_much()).count();
     let Some(plan) = Plan::make(policy, pairs, first, second, forward, backward, appetite.room())? else {
         second.end_read()?;
         first.end_read()?;
@@ -87,14 +84,14 @@ pub fn run(
         let began = Instant::now();
         first.begin_write()?;
         first.session.set_lock_timeout(YIELD_AFTER)?;
-        let written = plan.write_first(first, pairs, name, &seen1, &mut aside, Contended::Skip, Some(Side::First))?;
+        let written = plan.write_first(first, pairs, name, &s1, &mut aside, Contended::Skip, Some(Side::First))?;
         outcome.rows += written.rows;
         if written.again {
             first.session.rollback();
             continue;
         }
         owed[0] = written.owed;
-        if let Some(counter) = counter2.filter(|_| !plan.incoming_backward.more) {
+        if let Some(counter) = counter2.filter(|_| !plan.incoming_backward.is_too_much()) {
             first.set_watermark(&Watermark { snapshot: s2.clone(), counter })?;
         }
         fault::point("cycle:first-written")?;
@@ -111,14 +108,14 @@ pub fn run(
             let began = Instant::now();
             second.begin_write()?;
             second.session.set_lock_timeout(YIELD_AFTER)?;
-            let written = plan.write_second(second, &seen2, &aside, &mut aside2, Contended::Skip)?;
+            let written = plan.write_second(second, &s2, &aside, &mut aside2, Contended::Skip)?;
             outcome.rows += written.rows;
             if written.again {
                 second.session.rollback();
                 continue;
             }
             owed[1] = written.owed;
-            if !plan.incoming_forward.more {
+            if !plan.incoming_forward.is_too_much() {
                 second.set_watermark(&Watermark { snapshot: s1.clone(), counter: counter1 })?;
             }
             fault::point("cycle:second-written")?;

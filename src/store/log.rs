@@ -1,9 +1,9 @@
 //! The change log of a store: read since a watermark, looked at again, emptied in rings.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use super::{BATCH, Changes, Isolation, Key, Micros, Session, Snapshot, Store, parse};
+use super::{BATCH, Changes, Isolation, Key, Micros, Row, Session, Snapshot, Store, parse};
 use crate::error::{Error, Result};
 use crate::mapping::sql::LOG_RING;
 use crate::mapping::text::array_literal;
@@ -75,12 +75,18 @@ impl<S: Session> Store<S> {
         if rows.is_empty() {
             self.session.admin_batch("CLOSE crossover_changes")?;
         }
-        rows.into_iter()
-            .map(|row| match &row[..] {
-                [Some(key), Some(at)] => Ok((key.clone(), parse(at)?)),
-                _ => Err(Error::internal("malformed log row")),
-            })
-            .collect()
+        rows.into_iter().map(of_scope).collect()
+    }
+
+    /// Those of `keys` that have been changed here, with the times of their last changes, as far as `since` does not cover that.
+    pub fn changes_among(&mut self, index: usize, keys: &[&Key], since: &Snapshot) -> Result<BTreeMap<Key, Micros>> {
+        let sql = format!(
+            "SELECT key::text, {MICROS} FROM {} WHERE {SINCE} AND source = $3::text::int AND key::text = ANY ($4::text[]) GROUP BY key",
+            self.objects.log()
+        );
+        let (xip, source, text) = (since.xip(), index.to_string(), array_literal(keys));
+        let rows = self.session.admin_query(&sql, &[Some(since.xmax()), Some(&xip), Some(&source), Some(&text)])?;
+        rows.into_iter().map(of_scope).collect()
     }
 
     /// Which of `keys` have been changed here by transactions that `seen` does not show? To look again, with a snapshot of its own, after
@@ -162,5 +168,12 @@ impl<S: Session> Store<S> {
         let cut = self.cut()?.map_or_else(|| gone.clone(), |before| before.or(gone));
         let sql = format!("UPDATE {} SET cut = $1::text::pg_snapshot", self.objects.counter());
         self.session.admin_execute(&sql, &[Some(cut.as_str())]).map(drop)
+    }
+}
+
+fn of_scope(row: Row) -> Result<(Key, Micros)> {
+    match &row[..] {
+        [Some(key), Some(at)] => Ok((key.clone(), parse(at)?)),
+        _ => Err(Error::internal("malformed log row")),
     }
 }

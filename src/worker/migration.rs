@@ -335,7 +335,7 @@ impl Worker {
         if phase == Phase::Reconciling && outcome.left == 0 {
             reconcile::done(&mut self.ctx)?;
         }
-        if phase == Phase::FencePending && outcome.left < CAUGHT_UP {
+        if phase == Phase::FencePending {
             let order = Order::by_worker(&self.ctx, Duration::from_secs(2));
             switch::fence_pending(&mut self.ctx, &order)?;
         }
