@@ -73,13 +73,14 @@ fn a_switch_leaves_no_row_behind_that_met_a_client() {
     }
 }
 
-/// A parent that goes with the last cycle, while a client of the store that stays is just giving it a child.
-#[test]
-fn a_switch_leaves_no_child_behind() {
+/// With the last cycle goes what children of a parent refer to, by `change`, while a client of the store that stays is just giving it one.
+fn no_child_is_left_behind(refers_to: &str, change: impl Fn(i32) -> String) {
     let pair = Pair::with(&["crossover.lock_attempt = '1s'"], &[]);
-    let tables = "CREATE TABLE elder (id integer PRIMARY KEY); CREATE TABLE younger (id integer PRIMARY KEY, of integer REFERENCES elder)";
-    pair.first.sql(&format!("{tables}; INSERT INTO elder SELECT generate_series(1, 3)"));
-    pair.second_store("pile", tables);
+    let tables = format!(
+        "CREATE TABLE elder (id integer PRIMARY KEY, code integer UNIQUE); CREATE TABLE younger (id integer PRIMARY KEY, of integer REFERENCES elder ({refers_to}))"
+    );
+    pair.first.sql(&format!("{tables}; INSERT INTO elder SELECT i, i FROM generate_series(1, 3) AS i"));
+    pair.second_store("pile", &tables);
     let table = |name: &str| json!({"first": format!("public.{name}"), "second": format!("pile.{name}"), "second_view": format!("public.{name}_2")});
     let migration = Migration::start(&pair, "family", &json!({"tables": [table("elder"), table("younger")]}));
     migration.until_state("first");
@@ -88,19 +89,30 @@ fn a_switch_leaves_no_child_behind() {
     let mut client = pair.first.connect();
     for id in 1..=3 {
         client.batch_execute(&format!("BEGIN; INSERT INTO younger VALUES ({id}, {id})")).expect("an insert");
-        pair.second.sql(&format!("DELETE FROM pile.elder WHERE id = {id}"));
+        pair.second.sql(&change(id));
         let switched = at_the_last_cycle(&pair, &migration, "pile.elder", || {
             client.batch_execute("COMMIT").expect("a commit");
         });
         switched.unwrap_or_else(|e| panic!("{}", explain(&e)));
         migration.settle();
-        let dangling =
-            "SELECT 1 FROM younger__first AS y WHERE NOT EXISTS (SELECT FROM elder__first AS e WHERE e.id = y.of)";
-        assert_eq!(pair.first.text(dangling), None, "child {id} has no parent");
+        let dangling = format!(
+            "SELECT 1 FROM younger__first AS y WHERE NOT EXISTS (SELECT FROM elder__first AS e WHERE e.{refers_to} = y.of)"
+        );
+        assert_eq!(pair.first.text(&dangling), None, "child {id} has no parent");
         assert_equal(&pair, "elder");
         assert_equal(&pair, "younger");
         migration.set_state("both");
     }
+}
+
+#[test]
+fn a_switch_leaves_no_child_of_a_deleted_parent_behind() {
+    no_child_is_left_behind("id", |id| format!("DELETE FROM pile.elder WHERE id = {id}"));
+}
+
+#[test]
+fn a_switch_leaves_no_child_of_another_value_behind() {
+    no_child_is_left_behind("code", |id| format!("UPDATE pile.elder SET code = code + 100 WHERE id = {id}"));
 }
 
 /// A cycle that takes little at a time, because rows were large, gets through what is owed however much is changed meanwhile.

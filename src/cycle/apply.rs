@@ -146,25 +146,35 @@ impl<'a, S: Session> Application<'a, S> {
         self.incoming.changes[i].at(key)
     }
 
+    /// Locks the rows that are there, and sets those aside that somebody holds.
     fn lock_rows(&mut self) -> Result<()> {
         for i in 0..self.rows.len() {
             let (upserts, deletes) = self.left(i);
-            let held = self.store.lock_rows(i, &keys_of(&upserts), "NO KEY UPDATE")?;
+            let strength = if self.is_referred_to_by_value(i) { "UPDATE" } else { "NO KEY UPDATE" };
+            let held = self.store.lock_rows(i, &keys_of(&upserts), strength)?;
             let held_too = self.store.lock_rows(i, &deletes, "UPDATE")?;
             self.aside[i].held.extend(held.into_iter().chain(held_too));
         }
         Ok(())
     }
 
-    /// Waits for the rows that are to go: a client that holds one may have just inserted a child of it.
+    /// Waits for the rows to which children may refer no more afterwards: a client that holds one may have just inserted a child of it.
     fn await_rows(&mut self) -> Result<()> {
         for i in 0..self.rows.len() {
-            let (_, deletes) = self.left(i);
-            for keys in deletes.chunks(BATCH) {
+            let (upserts, mut keys) = self.left(i);
+            if self.is_referred_to_by_value(i) {
+                keys.extend(keys_of(&upserts));
+            }
+            for keys in keys.chunks(BATCH) {
                 self.store.await_rows(i, keys)?;
             }
         }
         Ok(())
+    }
+
+    /// Does a foreign key refer to columns of table `i` that an upsert may change?
+    fn is_referred_to_by_value(&self, i: usize) -> bool {
+        self.store.constraints.children_of(i).iter().any(|r| !r.is_to_key(&self.store.tables[i]))
     }
 
     /// Sets the deletion of a parent aside to which a row refers that this plan does not know: a client has just inserted it, or only

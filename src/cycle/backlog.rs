@@ -136,6 +136,9 @@ impl Incoming {
 
     /// The times of what is in memory, as the part of the log has them that has not been read.
     pub fn complete<A: Session>(&mut self, source: &mut Store<A>) -> Result<()> {
+        if !self.is_too_much() {
+            return Ok(());
+        }
         for i in 0..self.changes.len() {
             let keys: Vec<Key> = self.changes[i].keys.keys().cloned().collect();
             let unread = self.unread_among(source, i, &keys.iter().collect::<Vec<_>>())?;
