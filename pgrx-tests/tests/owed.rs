@@ -138,6 +138,28 @@ fn replication_goes_on_under_load_after_large_rows() {
     assert_equal(&pair, "heap");
 }
 
+/// Transactions on the second store, each of more rows than a cycle takes at a time, without an end: what comes between them arrives.
+#[test]
+fn large_transactions_in_second_keep_nothing_from_arriving() {
+    let pair = Pair::new();
+    let fill = "INSERT INTO heap SELECT i, 0 FROM generate_series(1, 15000) AS i; ANALYZE heap";
+    let migration = in_both(&pair, "heap", "n integer", "n integer", fill);
+    migration.set_state("second");
+    let load = Load::start(&pair.second.config("app"), 1, |_, _, connection| {
+        connection.execute("UPDATE pile.heap SET n = n + 1 WHERE id > 10", &[]).map(drop)
+    });
+    for id in 1..=3 {
+        pair.second.sql(&format!("UPDATE pile.heap SET n = -1 WHERE id = {id}"));
+        let back = format!("SELECT 1 FROM heap__first WHERE id = {id} AND n = -1");
+        until("a row has come back", SOON, || pair.first.text(&back).is_some());
+    }
+    load.stop().assert_clean("in second");
+    migration.set_state("both");
+    migration.settle();
+    assert_equal(&pair, "heap");
+    assert!(migration.conflicts().is_empty());
+}
+
 /// Values that move along a chain of more rows than a cycle takes.
 #[test]
 fn unique_values_move_along_a_long_chain() {

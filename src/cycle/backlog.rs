@@ -134,6 +134,12 @@ impl Incoming {
         Ok(())
     }
 
+    /// Leaves to other cycles what is not in memory. The watermark has to stay.
+    pub fn leave_unread(&mut self) {
+        self.more = false;
+        self.changes.iter_mut().for_each(|c| c.whole = None);
+    }
+
     /// The times of what is in memory, as the part of the log has them that has not been read.
     pub fn complete<A: Session>(&mut self, source: &mut Store<A>) -> Result<()> {
         if !self.is_too_much() {

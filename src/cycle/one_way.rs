@@ -49,17 +49,22 @@ fn run_with<A: Session, B: Session>(
     source.check_capture()?;
     destination.session.begin(Isolation::ReadCommitted, &[])?;
     destination.check_idle_capture()?;
-    let incoming = incoming(source, destination, retry_parked, SCOPES, SCOPES)?;
+    let mut incoming = incoming(source, destination, retry_parked, SCOPES, SCOPES)?;
     if incoming.is_empty() {
         destination.session.rollback();
         source.end_read()?;
         return Ok(Outcome { parked: incoming.owed.parked, ..Outcome::default() });
     }
-    if incoming.is_too_much() && destination.side() == Side::First {
+    let in_parts = incoming.is_too_much() && destination.side() == Side::First;
+    if in_parts && incoming.owed.waiting == 0 {
         destination.session.rollback();
         source.end_read()?;
         let scopes = put_off(source, destination)?;
         return Ok(Outcome { scopes, left: scopes, parked: incoming.owed.parked, ..Outcome::default() });
+    }
+    if in_parts {
+        // What was put off before comes first, however much is changed meanwhile.
+        incoming.leave_unread();
     }
     // What has been refused will be, as a rule.
     let care = if retry_parked && incoming.owed.parked > 0 { Care::Savepoints } else { care };
@@ -99,9 +104,11 @@ fn run_with<A: Session, B: Session>(
     source.end_read()?;
     let counter = source.flush()?;
     fault::point("cycle:flushed")?;
-    destination.set_watermark(&Watermark { snapshot: seen, counter })?;
+    if !in_parts {
+        destination.set_watermark(&Watermark { snapshot: seen, counter })?;
+    }
     let owed = destination.owed_count()?;
-    (outcome.parked, outcome.left) = (owed.parked, owed.waiting);
+    (outcome.parked, outcome.left) = (owed.parked, owed.waiting + usize::from(in_parts));
     fault::point(if capture == Side::First { "cycle:second-written" } else { "cycle:first-written" })?;
     destination.session.commit()?;
     fault::point(if capture == Side::First { "cycle:second-committed" } else { "cycle:first-committed" })?;
