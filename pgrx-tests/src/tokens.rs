@@ -2,7 +2,7 @@
 //! acknowledged. At rest every acknowledged token is in a store, in a conflict's image, or was in a row that somebody deleted.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
@@ -348,11 +348,19 @@ fn lock(ledger: &Mutex<Ledger>) -> MutexGuard<'_, Ledger> {
     ledger.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// A seed of the clock's, printed so that a failure can be repeated; `CROSSOVER_SEED` sets it.
+/// The seed before, and some room behind it for clients that a test numbers itself.
+static SEEDS: AtomicU64 = AtomicU64::new(0);
+const ROOM: u64 = 10;
+
+/// A seed of the clock's, printed so that a failure can be repeated; `CROSSOVER_SEED` sets the first one. No two are the same, also within
+/// a second: clients sign their tokens with it.
 pub fn seed() -> u64 {
     let clock = || std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or(Duration::ZERO);
-    let seed =
+    let wished =
         std::env::var("CROSSOVER_SEED").ok().and_then(|s| s.parse().ok()).unwrap_or_else(|| clock().as_secs() % 10_000);
+    let next = |before: u64| wished.max(before + ROOM);
+    let before = SEEDS.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |before| Some(next(before)));
+    let seed = next(before.unwrap_or_else(|before| before));
     println!("CROSSOVER_SEED={seed}");
     seed
 }

@@ -3,7 +3,6 @@
 //! Two tables: tokens, a few hot rows that all clients change, and a journal that one client appends to.
 
 use std::collections::{BTreeSet, HashSet};
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
 use serde_json::{Value, json};
@@ -41,8 +40,6 @@ pub struct Writers {
     journal: Journal,
 }
 
-static WRITERS: AtomicUsize = AtomicUsize::new(0);
-
 impl Writers {
     /// Clients of a migration in `copying` or `first`.
     pub fn start(pair: &Pair) -> Self {
@@ -61,12 +58,7 @@ impl Writers {
         let mut doors = vec![Door::first(pair), Door::first(pair)];
         doors.extend_from_slice(more);
         let seed = tokens::seed();
-        // Two of them may start within the second that the seed is made of; their entries must not look the same.
-        let number = WRITERS.fetch_add(1, Ordering::Relaxed);
-        Self {
-            tokens: Tokens::start(&doors, seed),
-            journal: Journal::start(pair, 1, &format!("writer {seed}.{number}")),
-        }
+        Self { tokens: Tokens::start(&doors, seed), journal: Journal::start(pair, 1, &format!("writer {seed}")) }
     }
 
     /// Waits until each of them has got something done since now.
