@@ -1,7 +1,7 @@
 //! What a destination has not seen of a source: read into memory up to a limit, a batch at a time beyond it, or put off.
 //!
 //! The memory of a cycle does not depend on how much has changed. One direction goes through a long log with a cursor, within one
-//! snapshot and one transaction of the destination. In both directions at once, what is more than a cycle takes is owed first: its keys
+//! snapshot and one transaction of the destination. In both directions at once, and towards first, what is more than a cycle takes is owed first: its keys
 //! wait beside the watermark that covers them, and the cycles that follow take them in turn, so that no client meets a cycle that
 //! holds a million rows.
 
