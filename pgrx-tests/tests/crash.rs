@@ -511,7 +511,10 @@ fn the_backend_that_waits_for_a_switch() {
             println!("{what}");
             let mut in_the_way = pair.first.connect_soon();
             let mut transaction = in_the_way.transaction().expect("a transaction");
-            // A switch to `first` takes writers from the second store only.
+            // From the second time on, a switch between `first` and `both` waits for users of the second shape only.
+            if pair.first.text("SELECT to_regclass('path')::text").is_some() {
+                transaction.query("SELECT FROM path", &[]).expect("a look at the second shape");
+            }
             let write = match to {
                 "first" => "UPDATE path SET path = path || 'x' WHERE ident = 99",
                 _ => "UPDATE trail SET trail = trail || 'x' WHERE id = 99",
