@@ -1,11 +1,11 @@
--- What a DBA watches. A role sees the migrations of the roles it belongs to.
+-- What a DBA watches. A role sees the migrations of the roles it belongs to; the barriers keep functions of its own from seeing more.
 CREATE FUNCTION crossover.visible(owner oid) RETURNS boolean LANGUAGE sql STABLE SECURITY INVOKER
 RETURN pg_catalog.pg_has_role(owner, 'USAGE');
 
-CREATE FUNCTION crossover.why_no_worker() RETURNS text LANGUAGE c VOLATILE AS 'MODULE_PATHNAME', 'crossover_why_no_worker_wrapper';
-COMMENT ON FUNCTION crossover.why_no_worker() IS 'why no worker of this database can run, NULL where there is no reason to be seen';
+CREATE FUNCTION crossover.why_no_worker(owner oid) RETURNS text LANGUAGE c VOLATILE AS 'MODULE_PATHNAME', 'crossover_why_no_worker_wrapper';
+COMMENT ON FUNCTION crossover.why_no_worker(oid) IS 'why no worker can run as this role, NULL where there is no reason to be seen';
 
-CREATE VIEW migration_status AS
+CREATE VIEW migration_status WITH (security_barrier) AS
 SELECT m.name, m.state::migration_state AS state,
        CASE WHEN m.phase IN ('replicating', 'fence pending') AND EXISTS (
                 SELECT FROM crossover.request r WHERE r.migration_id = m.id AND r.kind = 'set_state' AND r.status = 'running')
@@ -18,7 +18,7 @@ SELECT m.name, m.state::migration_state AS state,
        CASE WHEN m.state IN ('finished', 'cancelled') AND m.phase = 'done' THEN NULL
             ELSE nullif(concat_ws(' ',
                 CASE WHEN a.worker_pid IS NULL OR NOT EXISTS (SELECT FROM pg_catalog.pg_stat_activity p WHERE p.pid = a.worker_pid AND p.backend_type = 'pg_crossover migration')
-                     THEN pg_catalog.concat('No worker is running: ', coalesce(crossover.why_no_worker(), 'it is started again within seconds, or the server log says why not.')) END,
+                     THEN pg_catalog.concat('No worker is running: ', coalesce(crossover.why_no_worker(m.owner), 'it is started again within seconds, or the server log says why not.')) END,
                 CASE WHEN m.diverged IS NOT NULL THEN pg_catalog.format(
                      'The stores have diverged. %s Nothing is replicated and no store is newly exposed. To %s: migration_set_state(%L, %L, force => true)%s.',
                      m.diverged, CASE m.state WHEN 'copying' THEN 'copy all rows again' ELSE 'compare all rows' END, m.name, m.state,
@@ -36,7 +36,7 @@ WHERE crossover.visible(m.owner)
 ORDER BY m.name;
 COMMENT ON VIEW migration_status IS 'each migration: its state, how far behind it is, its last error and what to do about it';
 
-CREATE VIEW migration_progress AS
+CREATE VIEW migration_progress WITH (security_barrier) AS
 SELECT m.name, t.table_name, t.rows_copied, t.rows_estimated,
        CASE WHEN t.copy_finished IS NOT NULL THEN 100.0
             ELSE least(99.9, round(100.0 * t.rows_copied / greatest(t.rows_estimated, t.rows_copied, 1), 1)) END AS percent,
@@ -49,14 +49,14 @@ WHERE crossover.visible(m.owner)
 ORDER BY m.name, t.index;
 COMMENT ON VIEW migration_progress IS 'how far the copy of each table is';
 
-CREATE VIEW migration_conflicts AS
+CREATE VIEW migration_conflicts WITH (security_barrier) AS
 SELECT c.id, c.name, c.table_name, c.key, c.kind, c.kept, c.first_image, c.second_image, c.refused_by, c.error, c.recorded_at, c.resolved_at
 FROM crossover.conflict c JOIN crossover.migration m USING (name)
 WHERE crossover.visible(m.owner)
 ORDER BY c.id;
 COMMENT ON VIEW migration_conflicts IS 'rows changed on both stores at a time, with both images, and rows that a store refused';
 
-CREATE VIEW migration_history AS
+CREATE VIEW migration_history WITH (security_barrier) AS
 SELECT h.name, h.at, h.who, h.from_state::migration_state AS from_state, h.to_state::migration_state AS to_state,
        h.pause_ms, h.rows_drained, h.forced, h.reason
 FROM crossover.history h JOIN crossover.migration m USING (name)
@@ -65,5 +65,5 @@ ORDER BY h.id;
 COMMENT ON VIEW migration_history IS 'every change of state: who, when, how long writers were held, rows drained in the pause';
 
 GRANT USAGE ON SCHEMA crossover TO PUBLIC;
-GRANT EXECUTE ON FUNCTION crossover.visible(oid), crossover.why_no_worker() TO PUBLIC;
+GRANT EXECUTE ON FUNCTION crossover.visible(oid), crossover.why_no_worker(oid) TO PUBLIC;
 GRANT SELECT ON migration_status, migration_progress, migration_conflicts, migration_history TO PUBLIC;

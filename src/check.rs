@@ -15,6 +15,7 @@ use crate::store::local::LocalSession;
 use crate::store::{Session, parse};
 
 /// What the check of the first server found: the pairs, and the foreign server that they all lie on.
+#[derive(Default)]
 pub struct Checked {
     pub pairs: Vec<Pair>,
     pub first_tables: Vec<(u32, RelName)>,
@@ -39,7 +40,7 @@ pub fn first_server(
         problems
             .push(Problem::new("database", "the encoding is not UTF8").hint("Other encodings are not supported yet."));
     }
-    let mut checked = Checked { pairs: Vec::new(), first_tables: Vec::new(), server_id: 0 };
+    let mut checked = Checked::default();
     let mut servers = BTreeSet::new();
     let first_oids = oids(session, named.iter().map(|n| &n.first))?;
     for (i, named) in named.iter().enumerate() {

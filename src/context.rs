@@ -137,7 +137,10 @@ impl Context {
         session.begin(Isolation::ReadCommitted, &[])?;
         let options = catalog::connection_options(session, server, owner);
         session.rollback();
-        Ok(Target::new(options?, !self.migration.owner_is_superuser))
+        let options = options?;
+        // Which only a superuser can say, in the user mapping.
+        let excused = options.iter().any(|(name, value)| name == "password_required" && is_false(value));
+        Ok(Target::new(options, !self.migration.owner_is_superuser && !excused))
     }
 
     /// Connects to the second server if there is no connection, or a broken one.
@@ -224,6 +227,13 @@ impl Context {
             }
         }
     }
+}
+
+/// As PostgreSQL reads a boolean: any unique prefix counts.
+fn is_false(text: &str) -> bool {
+    let text = text.trim().to_ascii_lowercase();
+    matches!(text.as_str(), "0" | "of" | "off")
+        || !text.is_empty() && ("false".starts_with(&text) || "no".starts_with(&text))
 }
 
 /// The key of a pair by the columns' names on the second server.

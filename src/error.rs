@@ -73,6 +73,11 @@ pub enum Error {
     RemoteTimeout,
     #[error("password is required to connect to the second server")]
     PasswordRequired,
+    /// A worker runs as the owner of its migration.
+    #[error("{message}")]
+    OwnerCannotConnect { message: String, hint: String },
+    #[error("role with OID {oid}, which owns the migration, does not exist")]
+    OwnerIsGone { oid: u32 },
     #[error("migration \"{name}\" cannot go from {from} to {to}")]
     Transition { name: String, from: State, to: State },
     #[error("migration \"{name}\" cannot {action} in state {state}")]
@@ -154,6 +159,8 @@ impl Error {
             Error::RemoteConnection { .. } => "08001".into(),
             Error::RemoteTimeout => "08006".into(),
             Error::PasswordRequired => "2F003".into(),
+            Error::OwnerCannotConnect { .. } => "28000".into(),
+            Error::OwnerIsGone { .. } => "42704".into(),
             Error::Transition { .. } | Error::WrongState { .. } | Error::Parked { .. } => "55000".into(),
             Error::Diverged { .. } | Error::Lost { .. } | Error::NotCaptured { .. } | Error::NotPreloaded => {
                 "55000".into()
@@ -190,6 +197,7 @@ impl Error {
             Error::LockTimeout { in_the_way, .. } if !in_the_way.holders.is_empty() => {
                 Some(format!("In the way:\n{}", in_the_way.holders.join("\n")))
             }
+            Error::OwnerCannotConnect { .. } => Some("The worker of a migration runs as the migration's owner.".into()),
             Error::Timeout { detail, .. }
             | Error::Backlog { detail, .. }
             | Error::Diverged { detail, .. }
@@ -204,7 +212,10 @@ impl Error {
         let hint = match self {
             Error::Server { error, .. } => return error.hint.clone(),
             Error::Request { hint, .. } => return hint.clone(),
-            Error::BadArgument { hint, .. } => hint.clone(),
+            Error::BadArgument { hint, .. } | Error::OwnerCannotConnect { hint, .. } => hint.clone(),
+            Error::OwnerIsGone { .. } => {
+                "As a superuser, give the migration to the role that owns its tables now: UPDATE crossover.migration SET owner = 'new_owner'::regrole WHERE name = '...'; then call migration_wait.".into()
+            }
             Error::WrongState { hint, .. } => (*hint).to_string(),
             Error::Transition { from, .. } => from.allowed_hint(),
             Error::RemoteConnection { .. } | Error::RemoteTimeout => {

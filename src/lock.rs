@@ -94,7 +94,8 @@ pub fn wait_latch(timeout: Duration) {
     pgrx::check_for_interrupts!();
 }
 
-/// Who holds a lock on these relations that keeps a switch out, on the server that `session` speaks to. Reads only.
+/// Who holds a lock on these relations that keeps a switch out, on the server that `session` speaks to. Reads only. Not what they are
+/// doing: the text of a statement is not for other roles, and may hold a password.
 pub fn in_the_way<S: Session>(session: &mut S, oids: &[u32], server: &str, caller_pid: i32) -> Result<InTheWay> {
     if oids.is_empty() {
         return Ok(InTheWay::default());
@@ -108,7 +109,7 @@ pub fn in_the_way<S: Session>(session: &mut S, oids: &[u32], server: &str, calle
     let oids = array_literal(trees.iter().filter_map(|r| r[0].as_deref()));
     let rows = session.admin_query(
         "SELECT DISTINCT l.pid::text, a.application_name, a.usename::text, a.state, \
-                round(extract(epoch FROM clock_timestamp() - a.xact_start))::text, left(regexp_replace(a.query, '\\s+', ' ', 'g'), 60) \
+                round(extract(epoch FROM clock_timestamp() - a.xact_start))::text \
            FROM pg_locks l JOIN pg_stat_activity a ON a.pid = l.pid \
           WHERE l.relation = ANY ($1::text::oid[]) AND l.granted AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database()) \
             AND l.pid <> pg_backend_pid() AND l.mode <> 'AccessShareLock' OR l.relation = ANY ($1::text::oid[]) AND l.granted \
@@ -122,13 +123,12 @@ pub fn in_the_way<S: Session>(session: &mut S, oids: &[u32], server: &str, calle
             let field = |i: usize| r[i].as_deref().unwrap_or("");
             let own = if field(0) == caller_pid.to_string() { " (the session that called)" } else { "" };
             format!(
-                "pid {}{own} on the {server} server, application \"{}\", role {}, {}, transaction open for {} s: {}",
+                "pid {}{own} on the {server} server, application \"{}\", role {}, {}, transaction open for {} s",
                 field(0),
                 field(1),
                 field(2),
                 field(3),
-                field(4),
-                field(5)
+                field(4)
             )
         })
         .collect();

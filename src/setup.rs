@@ -5,12 +5,13 @@
 use std::time::Instant;
 
 use crate::catalog::{self, Move};
-use crate::check;
+use crate::check::{self, Checked};
 use crate::context::Context;
 use crate::error::{Error, Problem, Result};
 use crate::fault;
 use crate::lock::{self, Patience};
 use crate::mapping::model::Target;
+use crate::owner;
 use crate::peer;
 use crate::settings;
 use crate::state::Phase;
@@ -46,7 +47,14 @@ pub fn describe(ctx: &mut Context) -> Result<Vec<Problem>> {
     let named = ctx.named_tables()?;
     let session = &mut ctx.first.session;
     session.begin(Isolation::ReadCommitted, &[])?;
-    let checked = check::first_server(session, &ctx.migration, &named);
+    let checked = owner::on_first(session, &ctx.migration, &named).and_then(|lacking| {
+        // Without its schema a table cannot even be looked at.
+        if lacking.is_empty() {
+            check::first_server(session, &ctx.migration, &named)
+        } else {
+            Ok((Checked::default(), lacking))
+        }
+    });
     session.rollback();
     let (checked, mut problems) = checked?;
     ctx.migration.server_id = checked.server_id;
@@ -56,6 +64,12 @@ pub fn describe(ctx: &mut Context) -> Result<Vec<Problem>> {
     match ctx.connect() {
         Ok(()) => {
             let second = ctx.second.as_mut().ok_or_else(|| Error::internal("not connected"))?;
+            let there: Vec<_> = checked.pairs.iter().map(|p| &p.second.remote).collect();
+            let lacking = owner::on_second(&mut second.session, second.objects.schema(), &there)?;
+            if !lacking.is_empty() {
+                problems.extend(lacking);
+                return Ok(problems);
+            }
             let (tables, found) = check::second_server(&mut second.session, &ctx.migration, &checked.pairs)?;
             problems.extend(found);
             if checked.pairs.len() == named.len() && tables.len() == named.len() {

@@ -11,6 +11,7 @@ use crate::caller::Caller;
 use crate::error::{Error, Problem, Result, report};
 use crate::lock::wait_latch;
 use crate::mapping::model::{Mapping, Options};
+use crate::owner;
 use crate::state::State;
 use crate::version;
 use crate::worker::clerk::{Reply, Request, Segment, Start};
@@ -76,9 +77,7 @@ fn migration_start(
         check_name(name)?;
         Mapping::parse(&text).map_err(|problems| Error::Mapping { name: name.to_string(), problems })?;
         Options::parse(&options).map_err(|p: Problem| Error::Mapping { name: name.to_string(), problems: vec![p] })?;
-        // SAFETY: reads the role that calls.
-        let owner = unsafe { pg_sys::GetUserId() }.to_u32();
-        let start = Start { owner, mapping: text.clone(), options: options.clone() };
+        let start = Start { mapping: text.clone(), options: options.clone() };
         request(name, "start", serde_json::json!({}), &timeout, Some(start))
     })())
 }
@@ -207,16 +206,15 @@ fn request(
             hint: "For example: interval '30 seconds'.".into(),
         });
     }
-    if start.is_none() {
-        check_owner(name)?;
-    }
+    let owner = if start.is_none() { check_owner(name)? } else { new_owner()? };
     // SAFETY: reads the calling role and its name.
     let who = unsafe {
         let name = pg_sys::GetUserNameFromId(pg_sys::GetUserId(), false);
         std::ffi::CStr::from_ptr(name).to_string_lossy().into_owned()
     };
     let caller = Caller::here();
-    let request = Request { name: name.to_string(), kind: kind.to_string(), arguments, who, caller, timeout, start };
+    let request =
+        Request { name: name.to_string(), kind: kind.to_string(), arguments, who, caller, timeout, owner, start };
     let segment = Segment::create(&request)?;
     let clerk = start_clerk(my_database(), segment.handle())?;
     while !clerk.has_stopped() {
@@ -242,14 +240,22 @@ fn look(sql: &str) -> Result<Vec<crate::store::Row>> {
     crate::store::local::look(sql)
 }
 
-fn check_owner(name: &str) -> Result<()> {
+/// The role that calls, which a worker is to run as.
+fn new_owner() -> Result<u32> {
+    // SAFETY: reads the role that calls.
+    let role = unsafe { pg_sys::GetUserId() }.to_u32();
+    owner::may_connect(role, &look(&owner::query(role))?)?;
+    Ok(role)
+}
+
+fn check_owner(name: &str) -> Result<u32> {
     let name_sql = crate::mapping::ident::quote_literal(name);
     let rows = look(&format!("SELECT owner::int8 FROM crossover.migration WHERE name = {name_sql}"))?;
     let Some(row) = rows.first() else { return Err(Error::UnknownMigration { name: name.to_string() }) };
     let owner: u32 = crate::store::parse(row[0].as_deref().unwrap_or("0"))?;
     // SAFETY: catalog look-ups in the caller's transaction.
     let member = unsafe { pg_sys::has_privs_of_role(pg_sys::GetUserId(), pg_sys::Oid::from(owner)) };
-    if member { Ok(()) } else { Err(Error::NotOwner { name: name.to_string() }) }
+    if member { Ok(owner) } else { Err(Error::NotOwner { name: name.to_string() }) }
 }
 
 fn await_answer(id: i64, name: &str, timeout: f64) -> Result<State> {

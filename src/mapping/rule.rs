@@ -219,6 +219,7 @@ pub mod tests {
             one_text: true,
             cast_to_text: false,
             cast_of_text: false,
+            base_type: type_name.into(),
             remote_name: Ident::new(name),
         }
     }
