@@ -10,6 +10,7 @@ use crate::mapping::model::{Mapping, NamedTable};
 use crate::mapping::rule::Pair;
 use crate::mapping::sql::{Objects, StoreTable};
 use crate::mapping::table::Table;
+use crate::owner::Warning;
 use crate::state::Phase;
 use crate::store::local::LocalSession;
 use crate::store::postgres::{RemoteSession, Target};
@@ -28,6 +29,8 @@ pub struct Context {
     pub stubborn_second: Vec<usize>,
     /// Set-up has begun to install: its undoing has something to remove.
     pub installing: bool,
+    /// For whoever asked for the start.
+    pub warnings: Vec<Warning>,
     /// Nothing that has been replicated was lost before this connection was made ([`crate::divergence`]).
     pub verified: bool,
     /// How much a cycle in both directions takes at a time.
@@ -63,6 +66,7 @@ impl Context {
             remote: Vec::new(),
             stubborn_second: Vec::new(),
             installing: false,
+            warnings: Vec::new(),
             verified: false,
             appetite: Appetite::default(),
             constraints_at: None,

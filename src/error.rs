@@ -210,7 +210,11 @@ impl Error {
 
     pub fn hint(&self) -> Option<String> {
         let hint = match self {
-            Error::Server { error, .. } => return error.hint.clone(),
+            Error::Server { side: Side::First, error } => return error.hint.clone(),
+            Error::Server { side: Side::Second, error } => match &error.hint {
+                Some(hint) => format!("On the second server: {hint}"),
+                None => "That was on the second server, where the worker is the role of the user mapping.".into(),
+            },
             Error::Request { hint, .. } => return hint.clone(),
             Error::BadArgument { hint, .. } | Error::OwnerCannotConnect { hint, .. } => hint.clone(),
             Error::OwnerIsGone { .. } => {

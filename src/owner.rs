@@ -5,6 +5,7 @@
 use std::collections::BTreeSet;
 
 use pgrx::pg_sys;
+use serde::{Deserialize, Serialize};
 
 use crate::catalog::Migration;
 use crate::error::{Error, Problem, Result};
@@ -13,6 +14,14 @@ use crate::mapping::model::NamedTable;
 use crate::mapping::text::array_literal;
 use crate::store::local::LocalSession;
 use crate::store::{Row, Session};
+
+/// What a start tells its caller beside that it has begun.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Warning {
+    pub message: String,
+    pub detail: String,
+    pub hint: String,
+}
 
 /// From PostgreSQL 17 on a worker may run as a role without LOGIN.
 pub const NEEDS_LOGIN: bool = cfg!(any(feature = "pg15", feature = "pg16"));
@@ -138,9 +147,26 @@ pub fn on_second<S: Session>(session: &mut S, peer: &Ident, tables: &[&RelName])
         for owner in owners.iter().filter_map(|r| r[0].as_deref()) {
             problems.push(
                 Problem::new(format!("{table} on the second server"), format!("{role} is not its owner"))
-                    .hint(format!("Triggers are put on it and switched. There: GRANT {owner} TO {role};")),
+                    .hint(format!("Triggers are put on it. There: ALTER TABLE {table} OWNER TO {role}; or let that be a member of {owner}")),
             );
         }
     }
     Ok(problems)
+}
+
+/// What the role of the user mapping can do without on the second server, and what that costs.
+pub fn warning_on_second<S: Session>(session: &mut S) -> Result<Option<Warning>> {
+    let told = session.query(
+        "SELECT quote_ident(current_user), string_agg(p, ', ' ORDER BY p DESC) \
+           FROM unnest(ARRAY['session_replication_role', 'deadlock_timeout']) AS p WHERE NOT has_parameter_privilege(p, 'SET')",
+        &[],
+    )?;
+    let [Some(role), Some(parameters)] = &told[0][..] else { return Ok(None) };
+    Ok(Some(Warning {
+        message: format!("role {role} may not set {parameters} on the second server"),
+        detail: "Ordinary triggers and foreign keys of the second tables fire for replicated rows, and a client there may be the one that \
+                 finds a deadlock with replication."
+            .into(),
+        hint: format!("There, as a superuser: GRANT SET ON PARAMETER {parameters} TO {role};"),
+    }))
 }

@@ -25,6 +25,8 @@ use crate::views;
 /// The caller removes what was installed.
 pub fn run(ctx: &mut Context, patience: Patience, who: &str, caller_pid: i32) -> Result<()> {
     check_all(ctx)?;
+    let warning = owner::warning_on_second(&mut ctx.stores()?.1.session)?;
+    ctx.warnings.extend(warning);
     ctx.installing = true;
     remove_second(ctx, true)?;
     remove_first(ctx)?;

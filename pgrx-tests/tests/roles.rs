@@ -383,6 +383,12 @@ fn strangers_neither_see_nor_steer() {
     }
     let functions = "SELECT p.oid::regprocedure::text FROM pg_proc p WHERE pronamespace = 'crossover'::regnamespace AND has_function_privilege('rival', p.oid, 'EXECUTE')";
     assert_eq!(pair.first.list(functions), ["crossover.visible(oid)", "crossover.why_no_worker(oid)"]);
+    let there = "SELECT c.oid::regclass::text FROM pg_class c WHERE relnamespace = 'crossover_peer'::regnamespace AND relkind = 'r'";
+    for relation in pair.second.list(there) {
+        let error =
+            pair.second.connect_as("reader").query(&format!("SELECT FROM {relation}"), &[]).expect_err(&relation);
+        assert_eq!(sqlstate(&error), "42501", "{relation}");
+    }
     // The other's tables are not for a migration of one's own, nor is the name of a migration that has ended, with its records.
     let error = start_as(&mut rival, "mine").expect_err("another role's table");
     assert_eq!(sqlstate(&error), "22023", "{}", explain(&error));
@@ -414,7 +420,7 @@ fn hints_lead_from_no_privilege_to_a_start() {
         let grants: Vec<(bool, String)> = text
             .lines()
             .filter_map(|line| {
-                let at = line.find("GRANT ")?;
+                let at = line.find("GRANT ").or_else(|| line.find("ALTER TABLE "))?;
                 let end = line[at..].find(';')? + at;
                 Some((line[..at].contains("There:"), line[at..=end].to_owned()))
             })
@@ -431,16 +437,33 @@ fn hints_lead_from_no_privilege_to_a_start() {
     migration.until_state("first");
     scene.go(&["both", "second", "both", "first"]);
     call(&mut scene.mover(), "migration_cancel('shop')").expect("a cancel");
+    // What it can do without, it says, and what that means.
+    scene.pair.second.sql("TRUNCATE crm.client");
+    let (told, hear) = std::sync::mpsc::channel();
+    let mut config = scene.pair.first.config("app");
+    config.user("mover").notice_callback(move |notice| told.send(notice).expect("a listener"));
+    start(&mut config.connect(postgres::NoTls).expect("a connection"), &json!({})).expect("a start");
+    let warning = hear.try_recv().expect("a warning");
+    assert_eq!((warning.severity(), warning.code().code()), ("WARNING", "01007"));
+    let grant = "GRANT SET ON PARAMETER session_replication_role, deadlock_timeout TO there;";
+    assert!(warning.hint().expect("a hint").contains(grant), "{warning:?}");
+    migration.until_state("first");
+    call(&mut scene.mover(), "migration_cancel('shop')").expect("a cancel");
+    scene.pair.second.sql(&format!("TRUNCATE crm.client; {grant}"));
+    start(&mut config.connect(postgres::NoTls).expect("a connection"), &json!({})).expect("a start");
+    assert!(hear.try_recv().is_err());
+    migration.until_state("first");
+    migration.cancel();
     followed.sort();
     assert_eq!(
         followed,
         [
+            "ALTER TABLE \"crm\".\"client\" OWNER TO there;",
             "GRANT CREATE ON DATABASE app TO there;",
             "GRANT CREATE ON SCHEMA \"shop\" TO \"mover\";",
             "GRANT USAGE ON SCHEMA \"crm\" TO there;",
             "GRANT USAGE ON SCHEMA \"shop\" TO \"mover\";",
             "GRANT USAGE ON SCHEMA \"v2\" TO \"mover\";",
-            "GRANT postgres TO there;",
         ]
     );
 }
@@ -612,11 +635,11 @@ fn privileges_that_go_away_and_come_back() {
     }
     works_again();
     // Another role takes over, and the first one goes.
-    pair.first.sql(&format!(
+    pair.first.sql(
         "CREATE ROLE heir LOGIN; GRANT USAGE, CREATE ON SCHEMA shop TO heir; GRANT USAGE ON SCHEMA v2 TO heir;
          CREATE USER MAPPING FOR heir SERVER second_server OPTIONS (user 'there', password 'another');
          REASSIGN OWNED BY mover TO heir; DROP OWNED BY mover; DROP USER MAPPING IF EXISTS FOR mover SERVER second_server; DROP ROLE mover"
-    ));
+    );
     let pid = migration.worker();
     pair.first.sql(&format!("SELECT pg_terminate_backend({pid})"));
     until("the owner is missed", SOON, || scene.hint().contains("does not exist"));

@@ -11,7 +11,7 @@ use crate::caller::Caller;
 use crate::error::{Error, Problem, Result, report};
 use crate::lock::wait_latch;
 use crate::mapping::model::{Mapping, Options};
-use crate::owner;
+use crate::owner::{self, Warning};
 use crate::state::State;
 use crate::version;
 use crate::worker::clerk::{Reply, Request, Segment, Start};
@@ -258,6 +258,17 @@ fn check_owner(name: &str) -> Result<u32> {
     if member { Ok(owner) } else { Err(Error::NotOwner { name: name.to_string() }) }
 }
 
+fn warn(warning: Warning) {
+    pg_sys::panic::ErrorReport::new(
+        PgSqlErrorCode::ERRCODE_WARNING_PRIVILEGE_NOT_GRANTED,
+        warning.message,
+        "pg_crossover",
+    )
+    .set_detail(warning.detail)
+    .set_hint(warning.hint)
+    .report(PgLogLevel::WARNING);
+}
+
 fn await_answer(id: i64, name: &str, timeout: f64) -> Result<State> {
     // The worker keeps the deadline; this one is for when there is no worker.
     let until = std::time::Instant::now() + Duration::from_secs_f64(timeout + 5.0);
@@ -267,7 +278,11 @@ fn await_answer(id: i64, name: &str, timeout: f64) -> Result<State> {
         let answer: serde_json::Value = serde_json::from_str(row[1].as_deref().unwrap_or("{}")).unwrap_or_default();
         let text = |key: &str| answer[key].as_str().map(str::to_string);
         match row[0].as_deref() {
-            Some("done") => return text("state").unwrap_or_default().parse().map_err(Error::Internal),
+            Some("done") => {
+                let warnings = serde_json::from_value::<Vec<Warning>>(answer["warnings"].clone()).unwrap_or_default();
+                warnings.into_iter().for_each(warn);
+                return text("state").unwrap_or_default().parse().map_err(Error::Internal);
+            }
             Some("failed") => {
                 return Err(Error::Request {
                     sqlstate: text("sqlstate").unwrap_or_else(|| "XX000".into()),

@@ -218,7 +218,10 @@ impl Worker {
 
     fn answer(&mut self, request: &str, result: &Result<()>) -> Result<()> {
         let (status, answer) = match result {
-            Ok(()) => ("done", serde_json::json!({ "state": self.ctx.migration.state.as_str() })),
+            Ok(()) => {
+                let warnings = std::mem::take(&mut self.ctx.warnings);
+                ("done", serde_json::json!({ "state": self.ctx.migration.state.as_str(), "warnings": warnings }))
+            }
             Err(e) => (
                 "failed",
                 serde_json::json!({ "sqlstate": e.sqlstate(), "message": e.to_string(), "detail": e.detail(), "hint": e.hint() }),
