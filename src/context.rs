@@ -255,7 +255,11 @@ fn load_pairs(session: &mut LocalSession, migration: &Migration, named: &[NamedT
     let (mut pairs, mut tables) = (Vec::new(), Vec::new());
     for (i, (named, row)) in named.iter().zip(rows).enumerate() {
         let oid: u32 = crate::store::parse(row[0].as_deref().unwrap_or("0"))?;
-        let gone = |rel: &RelName| Error::internal(format!("table {rel} is gone"));
+        let gone = |rel: &RelName| Error::TableIsGone {
+            name: migration.name.clone(),
+            table: rel.to_string(),
+            taken_over: migration.taken_over,
+        };
         let first = catalog::describe_oid(session, oid)?.ok_or_else(|| gone(&named.first))?;
         let second = catalog::describe(session, &named.second)?.ok_or_else(|| gone(&named.second))?;
         tables.push((oid, first.table.rel.clone()));

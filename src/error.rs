@@ -82,6 +82,8 @@ pub enum Error {
     Transition { name: String, from: State, to: State },
     #[error("migration \"{name}\" cannot {action} in state {state}")]
     WrongState { name: String, action: &'static str, state: State, hint: &'static str },
+    #[error("table {table} of migration \"{name}\" does not exist any more")]
+    TableIsGone { name: String, table: String, taken_over: bool },
     #[error("migration \"{name}\" does not exist")]
     UnknownMigration { name: String },
     #[error("migration \"{name}\" already exists")]
@@ -161,6 +163,7 @@ impl Error {
             Error::PasswordRequired => "2F003".into(),
             Error::OwnerCannotConnect { .. } => "28000".into(),
             Error::OwnerIsGone { .. } => "42704".into(),
+            Error::TableIsGone { .. } => "42P01".into(),
             Error::Transition { .. } | Error::WrongState { .. } | Error::Parked { .. } => "55000".into(),
             Error::Diverged { .. } | Error::Lost { .. } | Error::NotCaptured { .. } | Error::NotPreloaded => {
                 "55000".into()
@@ -217,6 +220,14 @@ impl Error {
             },
             Error::Request { hint, .. } => return hint.clone(),
             Error::BadArgument { hint, .. } | Error::OwnerCannotConnect { hint, .. } => hint.clone(),
+            Error::TableIsGone { name, taken_over, .. } => {
+                let name = name.replace('\'', "''");
+                if *taken_over {
+                    format!("SELECT migration_cancel('{name}', force => true) ends it. Its other tables and views keep the names that they have now.")
+                } else {
+                    format!("SELECT migration_cancel('{name}') ends it.")
+                }
+            }
             Error::OwnerIsGone { .. } => {
                 "As a superuser, give the migration to the role that owns its tables now: UPDATE crossover.migration SET owner = 'new_owner'::regrole WHERE name = '...'; then call migration_wait.".into()
             }

@@ -244,7 +244,8 @@ pub fn remove_first(ctx: &mut Context) -> Result<()> {
 
 /// Removes triggers, logs and rule views here, in the caller's transaction.
 pub fn remove_first_locked(ctx: &mut Context) -> Result<()> {
-    let tables = ctx.pairs.len();
+    // The mapping's: of tables that were dropped, rule views may be left.
+    let tables = ctx.named_tables()?.len();
     let Context { first, migration, .. } = ctx;
     for sql in first.drop_triggers()? {
         first.session.admin_batch(&sql)?;

@@ -224,7 +224,7 @@ fn request(
     segment.detach();
     match reply {
         Some(Reply::Filed(id)) => {
-            let state = await_answer(id, name, timeout)?;
+            let state = await_answer(id, name, owner, timeout)?;
             caller.leave();
             Ok(state)
         }
@@ -269,7 +269,7 @@ fn warn(warning: Warning) {
     .report(PgLogLevel::WARNING);
 }
 
-fn await_answer(id: i64, name: &str, timeout: f64) -> Result<State> {
+fn await_answer(id: i64, name: &str, owner: u32, timeout: f64) -> Result<State> {
     // The worker keeps the deadline; this one is for when there is no worker.
     let until = std::time::Instant::now() + Duration::from_secs_f64(timeout + 5.0);
     loop {
@@ -292,6 +292,8 @@ fn await_answer(id: i64, name: &str, timeout: f64) -> Result<State> {
                 });
             }
             _ if std::time::Instant::now() >= until => {
+                // Whether a worker could run at all comes first.
+                owner::may_connect(owner, &look(&owner::query(owner))?)?;
                 return Err(Error::Timeout {
                     name: name.to_string(),
                     waited_ms: (timeout * 1000.0) as u64,

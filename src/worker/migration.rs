@@ -122,6 +122,8 @@ struct Worker {
     figures_at: Instant,
     /// [`Worker::begin`] is done.
     begun: bool,
+    /// One of the tables has been dropped.
+    tables_are_gone: bool,
     version_at: Instant,
     log_size_at: Instant,
     /// Of `crossover.max_log_size`, in percent, as far as it has been warned of.
@@ -196,6 +198,7 @@ fn run(assignment: Assignment) -> Result<()> {
         rotate_at: now,
         figures_at: now,
         begun: false,
+        tables_are_gone: false,
         version_at: now,
         log_size_at: now,
         warned: 0,
@@ -267,7 +270,11 @@ impl Worker {
         }
         // What has ended needs no tables; the first ones may be gone.
         if !matches!(self.ctx.migration.phase, Phase::SettingUp | Phase::Finishing | Phase::Done) {
-            self.ctx.load_tables()?;
+            match self.ctx.load_tables() {
+                // It can still be cancelled.
+                Err(Error::TableIsGone { .. }) => self.tables_are_gone = true,
+                result => result?,
+            }
         }
         Ok(())
     }
@@ -286,6 +293,10 @@ impl Worker {
         }
         if let Some(next) = self.serve()? {
             return Ok(next);
+        }
+        if self.tables_are_gone {
+            self.ctx.load_tables()?;
+            self.tables_are_gone = false;
         }
         self.watch_log_size()?;
         if let Some(at) = self.retry_at

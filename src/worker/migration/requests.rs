@@ -103,6 +103,10 @@ impl Worker {
     }
 
     fn carry_out(&mut self, kind: &str, arguments: &serde_json::Value, order: &Order) -> Result<()> {
+        let force = arguments["force"].as_bool() == Some(true);
+        if self.tables_are_gone && !(kind == "cancel" && (force || !self.ctx.migration.taken_over)) {
+            self.ctx.load_tables()?;
+        }
         match kind {
             // A predecessor may have died after it was done.
             "start" if self.ctx.migration.phase != Phase::SettingUp => Ok(()),
@@ -110,7 +114,6 @@ impl Worker {
             "set_state" => {
                 let to: State = arguments["state"].as_str().unwrap_or("").parse().map_err(Error::Internal)?;
                 self.resumed_only("change its state")?;
-                let force = arguments["force"].as_bool().unwrap_or(false);
                 transition::set_state(&mut self.ctx, to, force, order)
             }
             "pause" | "resume" => {
@@ -147,7 +150,7 @@ impl Worker {
                     self.copiers.retain(|c| !c.has_stopped());
                 }
                 let result = self.clean_up(order);
-                if result.is_err() && arguments["force"].as_bool() == Some(true) { Ok(()) } else { result }
+                if result.is_err() && force { Ok(()) } else { result }
             }
             other => Err(Error::internal(format!("unknown request \"{other}\""))),
         }
@@ -180,6 +183,9 @@ impl Worker {
 
     /// For `wait`: None while there is more to do; an answer when the copy is complete and nothing is left to replicate.
     fn caught_up(&mut self) -> Result<Option<Result<()>>> {
+        if self.tables_are_gone {
+            return Ok(self.ctx.load_tables().err().map(Err));
+        }
         let m = &self.ctx.migration;
         if m.state.has_ended() {
             return Ok(Some(Ok(())));
