@@ -271,7 +271,7 @@ fn load_pairs(session: &mut LocalSession, migration: &Migration, named: &[NamedT
         }
         pairs.push(
             Pair::compile(i, named, first, second.table)
-                .map_err(|problems| Error::Mapping { name: migration.name.clone(), problems })?,
+                .map_err(|problems| Error::Misfit { name: migration.name.clone(), problems })?,
         );
     }
     Ok((pairs, tables))

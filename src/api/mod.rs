@@ -8,7 +8,7 @@ use pgrx::pg_sys;
 use pgrx::prelude::*;
 
 use crate::caller::Caller;
-use crate::error::{Error, Problem, Result, report};
+use crate::error::{Error, Result, report};
 use crate::lock::wait_latch;
 use crate::mapping::model::{Mapping, Options};
 use crate::owner::{self, Warning};
@@ -76,7 +76,7 @@ fn migration_start(
     or_report((|| {
         check_name(name)?;
         Mapping::parse(&text).map_err(|problems| Error::Mapping { name: name.to_string(), problems })?;
-        Options::parse(&options).map_err(|p: Problem| Error::Mapping { name: name.to_string(), problems: vec![p] })?;
+        Options::parse(&options).map_err(|problem| Error::Options { name: name.to_string(), problem })?;
         let start = Start { mapping: text.clone(), options: options.clone() };
         request(name, "start", serde_json::json!({}), &timeout, Some(start))
     })())
@@ -163,16 +163,22 @@ fn or_report(result: Result<State>) -> migration_state {
     }
 }
 
+/// Seconds: far from where dates end, and longer than any server runs.
+const LONGEST_TIMEOUT: f64 = 10.0 * 366.0 * 86400.0;
+
 fn seconds(seconds: f64) -> Interval {
     Interval::from_seconds(seconds)
 }
 
 fn check_name(name: &str) -> Result<()> {
-    if name.trim().is_empty() || name.len() > crate::mapping::ident::MAX_BYTES {
+    if name.trim().is_empty() {
         return Err(Error::BadArgument {
-            message: "the name of a migration must not be empty or longer than 63 bytes".into(),
-            hint: "Choose another name.".into(),
+            message: "the name of the migration is empty".into(),
+            hint: "Choose a name of 1 to 63 bytes.".into(),
         });
+    }
+    if name.len() > crate::mapping::ident::MAX_BYTES {
+        return Err(Error::NameTooLong { bytes: name.len() });
     }
     Ok(())
 }
@@ -204,6 +210,12 @@ fn request(
         return Err(Error::BadArgument {
             message: "the timeout must be positive".into(),
             hint: "For example: interval '30 seconds'.".into(),
+        });
+    }
+    if timeout > LONGEST_TIMEOUT {
+        return Err(Error::BadArgument {
+            message: "the timeout is too long".into(),
+            hint: "It can be 10 years at most.".into(),
         });
     }
     let owner = if start.is_none() { check_owner(name)? } else { new_owner()? };
@@ -250,12 +262,14 @@ fn new_owner() -> Result<u32> {
 
 fn check_owner(name: &str) -> Result<u32> {
     let name_sql = crate::mapping::ident::quote_literal(name);
-    let rows = look(&format!("SELECT owner::int8 FROM crossover.migration WHERE name = {name_sql}"))?;
+    let rows =
+        look(&format!("SELECT owner::int8, owner::regrole::text FROM crossover.migration WHERE name = {name_sql}"))?;
     let Some(row) = rows.first() else { return Err(Error::UnknownMigration { name: name.to_string() }) };
     let owner: u32 = crate::store::parse(row[0].as_deref().unwrap_or("0"))?;
+    let owner_name = row[1].clone().unwrap_or_default();
     // SAFETY: catalog look-ups in the caller's transaction.
     let member = unsafe { pg_sys::has_privs_of_role(pg_sys::GetUserId(), pg_sys::Oid::from(owner)) };
-    if member { Ok(owner) } else { Err(Error::NotOwner { name: name.to_string() }) }
+    if member { Ok(owner) } else { Err(Error::NotOwner { name: name.to_string(), owner: owner_name }) }
 }
 
 fn warn(warning: Warning) {

@@ -258,12 +258,17 @@ fn file_in(session: &mut LocalSession, request: &Request) -> Result<(i64, i32)> 
         }
         session.execute("DELETE FROM crossover.history WHERE name = $1::text", &[Some(&request.name)])?;
         session.execute("DELETE FROM crossover.conflict WHERE name = $1::text", &[Some(&request.name)])?;
-        session.execute(
+        // Two starts at once: the second has waited for the first here.
+        let inserted = session.execute(
             "WITH m AS (INSERT INTO crossover.migration (name, tag, owner, server_id, mapping, options, state, phase) \
              VALUES ($1::text, left(replace(gen_random_uuid()::text, '-', ''), 8), $2::text::oid, 0, $3::text, $4::text, 'copying', 'setting up') RETURNING id) \
              INSERT INTO crossover.activity (migration_id) SELECT id FROM m",
             &[Some(&request.name), Some(&request.owner.to_string()), Some(&start.mapping), Some(&start.options)],
-        )?;
+        );
+        inserted.map_err(|e| match e {
+            e if e.is_unique_violation() => Error::NameTaken { name: request.name.clone() },
+            e => e,
+        })?;
     }
     let answer = answer_of_the_past(session, request)?;
     if request.kind == "pause" {
@@ -303,13 +308,21 @@ fn answer_of_the_past(session: &mut LocalSession, request: &Request) -> Result<O
         &[Some(&request.name)],
     )?;
     let Some(state) = rows.first().and_then(|r| r[0].as_deref()) else { return Ok(None) };
-    if matches!((request.kind.as_str(), state), ("wait", _) | ("finish", "finished") | ("cancel", "cancelled")) {
+    if matches!((request.kind.as_str(), state), ("wait", _) | ("finish", "finished") | ("cancel", "cancelled"))
+        || request.arguments["state"] == state
+    {
         return Ok(Some(serde_json::json!({ "state": state }).to_string()));
     }
-    Err(Error::WrongState {
-        name: request.name.clone(),
-        action: "go on",
-        state: parse(state)?,
-        hint: "It has ended; migration_start begins another one.",
-    })
+    let (name, state) = (request.name.clone(), parse(state)?);
+    if let Some(to) = request.arguments["state"].as_str() {
+        return Err(Error::Transition { name, from: state, to: parse(to)? });
+    }
+    let action = match request.kind.as_str() {
+        "finish" => "be finished",
+        "cancel" => "be cancelled",
+        "pause" => "be paused",
+        "resume" => "be resumed",
+        _ => "resolve a conflict",
+    };
+    Err(Error::WrongState { name, action, state, hint: "" })
 }

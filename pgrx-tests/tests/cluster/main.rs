@@ -21,6 +21,7 @@ mod outage;
 mod owed;
 mod partitions;
 mod pgbench;
+mod refusals;
 mod resolve;
 mod roles;
 mod server;

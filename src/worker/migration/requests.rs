@@ -160,12 +160,7 @@ impl Worker {
         if !self.ctx.migration.paused {
             return Ok(());
         }
-        Err(Error::WrongState {
-            name: self.ctx.migration.name.clone(),
-            action,
-            state: self.ctx.migration.state,
-            hint: "It is paused: call migration_resume first.",
-        })
+        Err(Error::Paused { name: self.ctx.migration.name.clone(), action })
     }
 
     /// The second server's part of finish and cancel, as long as the caller waits; the loop goes on with it.
@@ -250,7 +245,7 @@ impl Worker {
             ending::undo_start(&mut self.ctx, &order)?;
         } else if after_restart {
             // What was to be installed is described again.
-            setup::describe(&mut self.ctx)?;
+            setup::describe(&mut self.ctx, Patience::until(Instant::now() + UNDO_PATIENCE))?;
         }
         if after_restart || self.ctx.installing {
             setup::remove_first(&mut self.ctx)?;
