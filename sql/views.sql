@@ -4,6 +4,10 @@ CREATE FUNCTION crossover.visible(owner oid) RETURNS boolean LANGUAGE sql STABLE
 RETURN pg_catalog.pg_has_role(owner, 'USAGE');
 COMMENT ON FUNCTION crossover.visible(oid) IS 'may the current role see the migrations of this owner';
 
+CREATE FUNCTION crossover.relation_name(quoted text) RETURNS text LANGUAGE sql IMMUTABLE
+RETURN (SELECT pg_catalog.string_agg(pg_catalog.quote_ident(part), '.' ORDER BY n) FROM unnest(pg_catalog.parse_ident(quoted)) WITH ORDINALITY AS u(part, n));
+COMMENT ON FUNCTION crossover.relation_name(text) IS 'the name of a relation, quoted only where it must be';
+
 CREATE FUNCTION crossover.why_no_worker() RETURNS text LANGUAGE c VOLATILE AS 'MODULE_PATHNAME', 'crossover_why_no_worker_wrapper';
 COMMENT ON FUNCTION crossover.why_no_worker() IS 'why no worker of this database can run, NULL where there is no reason to be seen';
 
@@ -47,7 +51,7 @@ ORDER BY m.name;
 COMMENT ON VIEW migration_details IS 'each migration: whose it is, where it leads, its options, and how often its worker had to try again';
 
 CREATE VIEW migration_progress AS
-SELECT m.name, t.table_name,
+SELECT m.name, crossover.relation_name(t.table_name) AS table_name,
        CASE WHEN t.copy_finished IS NOT NULL THEN 100.0
             ELSE least(99.9, round(100.0 * t.rows_copied / greatest(t.rows_estimated, t.rows_copied, 1), 1)) END AS percent,
        t.rows_copied, t.rows_estimated,
@@ -61,7 +65,7 @@ ORDER BY m.name, t.index;
 COMMENT ON VIEW migration_progress IS 'how far the copy of each table is';
 
 CREATE VIEW migration_conflicts AS
-SELECT c.id, c.name, c.table_name, c.key, c.kind, c.kept, date_trunc('second', c.recorded_at) AS recorded_at,
+SELECT c.id, c.name, crossover.relation_name(c.table_name) AS table_name, c.key, c.kind, c.kept, date_trunc('second', c.recorded_at) AS recorded_at,
        date_trunc('second', c.resolved_at) AS resolved_at, c.refused_by, c.error, c.first_image, c.second_image
 FROM crossover.conflict c JOIN crossover.migration m USING (name)
 WHERE crossover.visible(m.owner)
@@ -77,5 +81,5 @@ ORDER BY h.id;
 COMMENT ON VIEW migration_history IS 'every change of state: who, when, how long writers were held, rows drained in the pause';
 
 GRANT USAGE ON SCHEMA crossover TO PUBLIC;
-GRANT EXECUTE ON FUNCTION crossover.visible(oid), crossover.why_no_worker() TO PUBLIC;
+GRANT EXECUTE ON FUNCTION crossover.visible(oid), crossover.relation_name(text), crossover.why_no_worker() TO PUBLIC;
 GRANT SELECT ON migration_status, migration_details, migration_progress, migration_conflicts, migration_history TO PUBLIC;

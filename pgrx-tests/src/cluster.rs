@@ -287,6 +287,39 @@ impl Cluster {
         run(command)
     }
 
+    /// Feeds `script` to psql as a user types it, and returns what it prints (aligned, errors included) and whether all of it succeeded:
+    /// it stops at the first error unless `on` says otherwise.
+    pub fn psql_as(&self, role: &str, database: &str, password: Option<&str>, script: &str, on_error_stop: bool) -> (bool, String) {
+        let mut psql = Installation::get().program("psql");
+        psql.args(["-Xq", "-v", &format!("ON_ERROR_STOP={}", u8::from(on_error_stop)), "-h", "127.0.0.1"]);
+        psql.args(["-p", &self.port.to_string(), "-U", role, "-d", database]);
+        psql.envs(password.map(|p| ("PGPASSWORD", p)));
+        let (reader, writer) = std::io::pipe().expect("a pipe");
+        psql.stdin(Stdio::piped()).stderr(writer.try_clone().expect("its end")).stdout(writer);
+        let mut child = psql.spawn().expect("psql to run");
+        // Its ends of the pipe are the child's alone from here on.
+        drop(psql);
+        child.stdin.take().expect("its standard input").write_all(script.as_bytes()).expect("to be read");
+        let printed = std::io::read_to_string(reader).expect("text");
+        (child.wait().expect("its end").success(), printed)
+    }
+
+    /// A shell as a DBA of this server has it: its programs in the path, its address in the environment.
+    pub fn shell(&self) -> Command {
+        let mut shell = Installation::get().program_of("/bin/bash");
+        shell.env("PGHOST", "127.0.0.1").env("PGPORT", self.port.to_string()).env("PGUSER", "postgres");
+        shell.env("PGDATA", &self.data).current_dir(self.base.path());
+        shell
+    }
+
+    /// Puts lines before those of pg_hba.conf, and has the server read it.
+    pub fn authenticate(&self, lines: &str) {
+        let file = self.data.join("pg_hba.conf");
+        let rest = fs::read_to_string(&file).expect("pg_hba.conf");
+        fs::write(&file, format!("{lines}\n{rest}")).expect("pg_hba.conf to be written");
+        self.reload();
+    }
+
     /// `pg_dump --schema-only` of a database: the same text for the same schema.
     pub fn pg_dump_schema(&self, database: &str) -> String {
         let mut command = Installation::get().program("pg_dump");
