@@ -22,7 +22,7 @@ SELECT m.name, m.state::migration_state AS state,
        a.log_bytes,
        (SELECT p.pid FROM pg_catalog.pg_stat_activity p WHERE p.pid = a.worker_pid AND p.backend_type = 'pg_crossover migration') AS worker_pid,
        CASE WHEN m.paused THEN 'migration_resume' WHEN m.diverged IS NOT NULL AND m.phase <> 'reconciling' THEN 'migration_set_state' ELSE a.waiting_for END AS waiting_for,
-       a.last_error,
+       pg_catalog.regexp_replace(a.last_error, '\s+', ' ', 'g') AS last_error,
        CASE WHEN m.state IN ('finished', 'cancelled') AND m.phase = 'done' THEN NULL
             ELSE nullif(concat_ws(' ',
                 CASE WHEN a.worker_pid IS NULL OR NOT EXISTS (SELECT FROM pg_catalog.pg_stat_activity p WHERE p.pid = a.worker_pid AND p.backend_type = 'pg_crossover migration')

@@ -125,6 +125,24 @@ impl Cluster {
         run(command);
     }
 
+    /// Puts the server through pg_upgrade, from and to this installation, and starts it.
+    pub fn upgrade(&self) {
+        self.stop(Stop::Fast);
+        let new = self.base.path().join("upgraded");
+        template::initdb(&new);
+        for file in ["postgresql.conf", "pg_hba.conf"] {
+            let text = fs::read_to_string(self.data.join(file)).expect("a file of the old cluster");
+            fs::write(new.join(file), text).expect("a file of the new cluster");
+        }
+        let mut upgrade = Installation::get().program("pg_upgrade");
+        let (bin, ports) = (Installation::get().bin(), [free_port().to_string(), free_port().to_string()]);
+        upgrade.arg("-b").arg(bin).arg("-B").arg(bin).arg("-d").arg(&self.data).arg("-D").arg(&new);
+        upgrade.args(["-U", "postgres", "-p", &ports[0], "-P", &ports[1], "-s"]).arg(self.base.path()).current_dir(self.base.path());
+        run(upgrade);
+        fs::remove_dir_all(&self.data).and_then(|()| fs::rename(&new, &self.data)).expect("to take its place");
+        self.start();
+    }
+
     /// Appends lines to postgresql.conf; they count from the next start or [`Cluster::reload`].
     pub fn configure(&self, lines: &[&str]) {
         let mut file =

@@ -43,6 +43,11 @@ impl Installation {
         self.share.join("extension/pg_crossover.control").exists()
     }
 
+    /// The directory of its programs.
+    pub fn bin(&self) -> &Path {
+        &self.bin
+    }
+
     /// The directory that the extension's control file belongs in.
     pub fn share(&self) -> &Path {
         &self.share

@@ -299,3 +299,141 @@ fn anchor(heading: &str) -> String {
     let text = heading.trim_start_matches('#').trim().to_lowercase();
     text.chars().filter(|c| c.is_alphanumeric() || "-_ ".contains(*c)).map(|c| if c == ' ' { '-' } else { c }).collect()
 }
+
+/// The lines of a page below a heading, up to the next heading of its level.
+fn section<'a>(text: &'a str, heading: &str) -> Vec<&'a str> {
+    let level = heading.chars().take_while(|c| *c == '#').count();
+    let ends = |line: &str| line.starts_with('#') && line.chars().take_while(|c| *c == '#').count() <= level;
+    let mut lines = text.lines().skip_while(|line| *line != heading);
+    assert!(lines.next().is_some(), "no heading \"{heading}\"");
+    lines.take_while(|line| !ends(line)).collect()
+}
+
+/// The rows of the tables among some lines, as cells, without their heads.
+fn rows(lines: &[&str]) -> Vec<Vec<String>> {
+    let table = lines.iter().filter_map(|line| line.strip_prefix("| ")?.strip_suffix('|'));
+    let mut rows: Vec<Vec<String>> = table.map(|row| row.split('|').map(|cell| cell.trim().to_owned()).collect()).collect();
+    rows.retain(|row| !["function", "option", "column", "phase", "setting", "SQLSTATE"].contains(&row[0].as_str()));
+    rows
+}
+
+/// What stands in backquotes.
+fn quoted(text: &str) -> Vec<String> {
+    text.split('`').skip(1).step_by(2).map(str::to_owned).collect()
+}
+
+fn reference() -> String {
+    fs::read_to_string(docs::root().join("docs/reference.md")).expect("the reference")
+}
+
+/// The first cells of a section's tables, unquoted.
+fn names(text: &str, heading: &str) -> Vec<String> {
+    rows(&section(text, heading)).iter().flat_map(|row| quoted(&row[0])).collect()
+}
+
+/// In the catalog, pg_get_function_arguments has its own way to write a default: so the server reads the page's, too.
+#[test]
+fn the_reference_is_the_catalog() {
+    let pair = Pair::new();
+    let (page, first) = (reference(), &pair.first);
+
+    let arguments = |schema: &str| {
+        first.list(&format!(
+            "SELECT proname || '(' || pg_get_function_arguments(oid) || ')' FROM pg_proc
+              WHERE pronamespace = '{schema}'::regnamespace AND proname ^@ 'migration_' ORDER BY 1"
+        ))
+    };
+    first.sql("CREATE SCHEMA page");
+    for signature in names(&page, "## Functions") {
+        first.sql(&format!("CREATE FUNCTION page.{signature} RETURNS int LANGUAGE sql RETURN 1"));
+    }
+    assert_eq!(arguments("page"), arguments("public"), "functions");
+
+    let values = section(&page, "## Functions").into_iter().find(|line| line.contains("is an enum: "));
+    let values = quoted(values.expect("the enum's values").split("is an enum: ").last().expect("a list"));
+    assert_eq!(values, first.list("SELECT unnest(enum_range(NULL::migration_state))"), "states");
+
+    let views = first.list(
+        "SELECT relname FROM pg_class WHERE relkind = 'v' AND relnamespace = 'public'::regnamespace AND relname ^@ 'migration_' ORDER BY 1",
+    );
+    let headings: BTreeSet<String> =
+        section(&page, "## Views").iter().filter_map(|line| line.strip_prefix("### ").map(str::to_owned)).collect();
+    assert_eq!(headings.into_iter().collect::<Vec<_>>(), views, "views");
+    for view in views {
+        let columns = first.list(&format!("SELECT attname FROM pg_attribute WHERE attrelid = '{view}'::regclass AND attnum > 0 ORDER BY attnum"));
+        assert_eq!(names(&page, &format!("### {view}")), columns, "columns of {view}");
+    }
+
+    let settings: Vec<String> = rows(&section(&page, "## Settings")).iter().map(|row| row[..4].join("|").replace('`', "")).collect();
+    let query = "SELECT concat_ws('|', name, boot_val, coalesce(unit, ''), context) FROM pg_settings WHERE name ^@ 'crossover.' ORDER BY name";
+    assert_eq!(settings, first.list(query), "settings");
+
+    let refused = Migration::named(&pair, "none").try_start(&shop_mapping(), &json!({"nonsense": 1})).expect_err("a refusal");
+    let detail = refused.as_db_error().and_then(|e| e.detail()).expect("a detail").to_owned();
+    let known = quoted(detail.split("expected one of").last().expect("a list"));
+    assert_eq!(as_set(&names(&page, "## Options of `migration_start`")), as_set(&known), "options: {detail}");
+}
+
+/// What only the source says: the errors that it raises, and the phases.
+#[test]
+fn the_reference_has_every_error_and_phase() {
+    let source = |file: &str| fs::read_to_string(docs::root().join("src").join(file)).expect("a source file");
+    let body = |file: &str, function: &str| {
+        let text = source(file);
+        let from = text.find(function).unwrap_or_else(|| panic!("{file} has no {function}"));
+        text[from..].split("\n    }\n").next().expect("a body").to_owned()
+    };
+    let literals = |body: &str| -> BTreeSet<String> { body.split('"').skip(1).step_by(2).map(str::to_owned).collect() };
+    let page = reference();
+    let errors: Vec<String> = rows(&section(&page, "## Errors")).iter().map(|row| row[0].clone()).collect();
+    let mut raised = literals(&body("error.rs", "pub fn sqlstate("));
+    assert!(raised.len() > 10, "{raised:?}");
+    // Only where faults are injected.
+    assert!(raised.remove("58000"));
+    // DROP DATABASE; and what triggers raise.
+    raised.extend(["55006", "0A000", "25006", "40001"].map(str::to_owned));
+    assert_eq!(as_set(&errors), raised);
+
+    // Not a phase of the source's: the view says it of a migration in any of them.
+    let phases = source("state.rs");
+    let phases = phases.split("impl Phase").nth(1).expect("phases");
+    let mut phases = literals(phases.split("impl FromStr").next().expect("words"));
+    phases.insert("diverged".to_owned());
+    assert_eq!(as_set(&names(&page, "## Phases")), phases);
+    // And the operating guide says what to do in each of them, and about each error.
+    let guide = fs::read_to_string(docs::root().join("docs/operations.md")).expect("the guide");
+    assert_eq!(as_set(&names(&guide, "### Phases")), phases, "phases in the guide");
+    let codes: Vec<String> = rows(&section(&guide, "### Errors")).iter().map(|row| row[0].clone()).collect();
+    assert_eq!(as_set(&codes), raised, "errors in the guide");
+}
+
+fn as_set(names: &[String]) -> BTreeSet<String> {
+    let set: BTreeSet<String> = names.iter().cloned().collect();
+    set
+}
+
+/// In the ordinary case a row of every view fits the screen, in each state.
+#[test]
+fn psql_needs_no_x() {
+    const SCREEN: usize = 140;
+    let pair = shop();
+    let migration = Migration::start(&pair, "crm", &shop_mapping());
+    let look = |state: &str, views: &[&str]| {
+        for view in views {
+            let (_, printed) = pair.first.psql_as("postgres", "app", None, &format!("SELECT * FROM migration_{view};"), true);
+            let widest = printed.lines().map(|line| line.trim_end().chars().count()).max().unwrap_or(0);
+            assert!(printed.contains("crm") && widest <= SCREEN, "{view} in {state} is {widest} columns wide:\n{printed}");
+        }
+    };
+    look("copying", &["status", "progress", "details", "history"]);
+    migration.wait();
+    for state in ["both", "second", "both", "first", "both", "second"] {
+        migration.set_state(state);
+        look(state, &["status", "progress", "details", "history"]);
+    }
+    migration.call("pause");
+    look("second, paused", &["status"]);
+    migration.call("resume");
+    migration.finish();
+    look("finished", &["status", "progress", "details", "history"]);
+}
