@@ -69,14 +69,20 @@ impl Reader {
         PORTS.iter().fold(text, |text, from| text.replace(from, &port))
     }
 
-    /// `shop in STATE`: leads the migration of the fixture there, by a new start if the last one has ended.
+    /// `shop in STATE`: leads the migration of the fixture there, by a new start if the last one has ended. `second away` and `second back`.
     fn lead(&self, fixture: &str) {
+        match fixture {
+            "second away" => return self.cluster(Server::Second).stop(Stop::Fast),
+            "second back" => return self.cluster(Server::Second).start(),
+            _ => {}
+        }
         let Some(state) = fixture.strip_prefix("shop in ") else { panic!("no fixture is called \"{fixture}\"") };
         let migration = Migration::named(self.pair(), "shop");
         let is = migration.try_status().map_or_else(|| "cancelled".to_owned(), |status| status.state());
         let way: &[&str] = match (is.as_str(), state) {
             ("cancelled", "none" | "cancelled") => &[],
             (_, "none") => panic!("the migration shop is there already"),
+            ("finished", _) => panic!("the tables of the page have their new shape"),
             ("cancelled", _) => {
                 Migration::start(self.pair(), "shop", &shop_mapping()).wait();
                 return self.lead(fixture);
@@ -171,12 +177,15 @@ fn follow(page: &str) {
     for item in docs::items(page, &text).unwrap_or_else(|e| panic!("{e}")) {
         match item {
             Item::Fixture(fixture) => match &reader {
-                Some(reader) if fixture.starts_with("shop in ") => reader.lead(&fixture),
+                Some(reader) if fixture.starts_with("shop in ") || fixture.starts_with("second ") => reader.lead(&fixture),
                 _ => reader = Some(Reader::new(&fixture)),
             },
             Item::Block(block) if block.kind == Kind::Picture => {}
             Item::Block(block) => {
-                reader.as_mut().unwrap_or_else(|| panic!("{}: no fixture before this block", block.place)).run(&block);
+                let reader = reader.as_mut().unwrap_or_else(|| panic!("{}: no fixture before this block", block.place));
+                let began = std::time::Instant::now();
+                reader.run(&block);
+                println!("{} took {:.1?}", block.place, began.elapsed());
             }
         }
     }
