@@ -333,7 +333,8 @@ pub fn connection_options<S: Session>(session: &mut S, server: u32, owner: u32) 
         &[Some(&server.to_string())],
     )?;
     // Without options libpq would connect to wherever its defaults lead.
-    let exists = session.query("SELECT FROM pg_foreign_server WHERE oid = $1::text::oid", &[Some(&server.to_string())])?;
+    let exists =
+        session.query("SELECT FROM pg_foreign_server WHERE oid = $1::text::oid", &[Some(&server.to_string())])?;
     if exists.is_empty() {
         return Err(Error::RemoteConnection { message: "its foreign server does not exist".into() });
     }

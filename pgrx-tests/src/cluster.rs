@@ -137,7 +137,10 @@ impl Cluster {
         let mut upgrade = Installation::get().program("pg_upgrade");
         let (bin, ports) = (Installation::get().bin(), [free_port().to_string(), free_port().to_string()]);
         upgrade.arg("-b").arg(bin).arg("-B").arg(bin).arg("-d").arg(&self.data).arg("-D").arg(&new);
-        upgrade.args(["-U", "postgres", "-p", &ports[0], "-P", &ports[1], "-s"]).arg(self.base.path()).current_dir(self.base.path());
+        upgrade
+            .args(["-U", "postgres", "-p", &ports[0], "-P", &ports[1], "-s"])
+            .arg(self.base.path())
+            .current_dir(self.base.path());
         run(upgrade);
         fs::remove_dir_all(&self.data).and_then(|()| fs::rename(&new, &self.data)).expect("to take its place");
         self.start();
@@ -306,10 +309,18 @@ impl Cluster {
     }
 
     /// Feeds `script` to psql as a user types it, and returns what it prints (aligned, errors included) and whether all of it succeeded:
-    /// it stops at the first error unless `on` says otherwise.
-    pub fn psql_as(&self, role: &str, database: &str, password: Option<&str>, script: &str, on_error_stop: bool) -> (bool, String) {
+    /// either it stops at the first error, or it goes on and shows the first line of each.
+    pub fn psql_as(
+        &self,
+        role: &str,
+        database: &str,
+        password: Option<&str>,
+        script: &str,
+        on_error_stop: bool,
+    ) -> (bool, String) {
         let mut psql = Installation::get().program("psql");
         psql.args(["-Xq", "-v", &format!("ON_ERROR_STOP={}", u8::from(on_error_stop)), "-h", "127.0.0.1"]);
+        psql.args(["-v", if on_error_stop { "VERBOSITY=default" } else { "VERBOSITY=terse" }]);
         psql.args(["-p", &self.port.to_string(), "-U", role, "-d", database]);
         psql.envs(password.map(|p| ("PGPASSWORD", p)));
         let (reader, writer) = std::io::pipe().expect("a pipe");

@@ -113,7 +113,8 @@ pub fn items(name: &str, text: &str) -> Result<Vec<Item>, String> {
             continue;
         }
         let exempt = exempt.take();
-        let kind = kind(info, exempt.is_some()).ok_or_else(|| format!("{place}: nothing says how to test a block \"{info}\""))?;
+        let kind = kind(info, exempt.is_some())
+            .ok_or_else(|| format!("{place}: nothing says how to test a block \"{info}\""))?;
         items.push(Item::Block(Block { place, kind, text: body, output: None, exempt }));
     }
     Ok(items)
@@ -131,7 +132,9 @@ fn kind(info: &str, exempt: bool) -> Option<Kind> {
         ["sh" | "sql" | "conf" | "json"] if exempt => Kind::Picture,
         ["json"] => Kind::Mapping,
         ["sh", on] => Kind::Shell { server: server(on)? },
-        ["conf", on, file @ ("postgresql.conf" | "pg_hba.conf")] => Kind::Conf { server: server(on)?, file: file.to_owned() },
+        ["conf", on, file @ ("postgresql.conf" | "pg_hba.conf")] => {
+            Kind::Conf { server: server(on)?, file: file.to_owned() }
+        }
         ["sql", on, ref rest @ ..] => {
             let (fails, rest) = match rest {
                 [rest @ .., "fails"] => (true, rest),
@@ -172,7 +175,8 @@ fn plain(line: &str) -> String {
     if !line.is_empty() && line.chars().all(|c| "-+".contains(c)) {
         return "-".to_owned();
     }
-    let cells: Vec<String> = line.split('|').map(|cell| cell.split_whitespace().collect::<Vec<_>>().join(" ")).collect();
+    let cells: Vec<String> =
+        line.split('|').map(|cell| cell.split_whitespace().collect::<Vec<_>>().join(" ")).collect();
     cells.join("|")
 }
 
@@ -207,8 +211,12 @@ mod tests {
 
     #[test]
     fn a_block_says_where_it_runs() {
-        let found = items("p", "<!-- test: shop -->\n```sql first mover@shop fails\nSELECT 1;\n```\n\n```text output\n 1\n```\n");
-        let kind = Kind::Sql { server: Server::First, role: "mover".into(), database: Some("shop".into()), fails: true };
+        let found = items(
+            "p",
+            "<!-- test: shop -->\n```sql first mover@shop fails\nSELECT 1;\n```\n\n```text output\n 1\n```\n",
+        );
+        let kind =
+            Kind::Sql { server: Server::First, role: "mover".into(), database: Some("shop".into()), fails: true };
         let (place, text, output) = ("p:2".into(), "SELECT 1;\n".into(), Some(" 1\n".into()));
         let block = Block { place, kind, text, output, exempt: None };
         assert_eq!(found, Ok(vec![Item::Fixture("shop".into()), Item::Block(block)]));

@@ -44,7 +44,13 @@ impl Reader {
         };
         let reader = Self { servers, database: database.to_owned(), passwords: BTreeMap::new() };
         if database != "postgres" && database != "app" {
-            reader.cluster(Server::First).psql_as("postgres", "postgres", None, &format!("CREATE DATABASE {database}"), true);
+            reader.cluster(Server::First).psql_as(
+                "postgres",
+                "postgres",
+                None,
+                &format!("CREATE DATABASE {database}"),
+                true,
+            );
         }
         reader
     }
@@ -135,7 +141,8 @@ impl Reader {
 
     fn compare(&self, block: &Block, printed: &str) {
         let Some(shown) = &block.output else { return };
-        docs::is_as_shown(shown, printed).unwrap_or_else(|e| panic!("{}:\n{e}\nall that was printed:\n{printed}", block.place));
+        docs::is_as_shown(shown, printed)
+            .unwrap_or_else(|e| panic!("{}:\n{e}\nall that was printed:\n{printed}", block.place));
     }
 
     fn shell(&self, server: Server, script: &str) -> Result<String, String> {
@@ -177,7 +184,9 @@ fn follow(page: &str) {
     for item in docs::items(page, &text).unwrap_or_else(|e| panic!("{e}")) {
         match item {
             Item::Fixture(fixture) => match &reader {
-                Some(reader) if fixture.starts_with("shop in ") || fixture.starts_with("second ") => reader.lead(&fixture),
+                Some(reader) if fixture.starts_with("shop in ") || fixture.starts_with("second ") => {
+                    reader.lead(&fixture)
+                }
                 _ => reader = Some(Reader::new(&fixture)),
             },
             Item::Block(block) if block.kind == Kind::Picture => {}
@@ -191,17 +200,20 @@ fn follow(page: &str) {
     }
 }
 
-/// The table of the pages, with rows.
+/// The tables of the pages, with rows.
 fn shop() -> Pair {
     let pair = Pair::new();
     pair.second_store(
         "v2",
-        "CREATE TABLE client (client_id bigint PRIMARY KEY, full_name text NOT NULL, balance numeric(14,2) NOT NULL)",
+        "CREATE TABLE client (client_id bigint PRIMARY KEY, full_name text NOT NULL, balance numeric(14,2) NOT NULL);
+         CREATE TABLE tag (id bigint PRIMARY KEY, label text)",
     );
     pair.first.sql(
         "CREATE TABLE public.customer (id bigserial PRIMARY KEY, first_name text NOT NULL, last_name text NOT NULL,
              balance_cents bigint NOT NULL DEFAULT 0);
-         INSERT INTO customer (first_name, last_name, balance_cents) SELECT 'Ada', 'Lovelace ' || n, n FROM generate_series(1, 1000) AS n",
+         INSERT INTO customer (first_name, last_name, balance_cents) SELECT 'Ada', 'Lovelace ' || n, n FROM generate_series(1, 1000) AS n;
+         CREATE TABLE public.tag (id bigint PRIMARY KEY, label text);
+         INSERT INTO tag SELECT n, 'blue' FROM generate_series(1, 1000) AS n",
     );
     pair
 }
@@ -215,13 +227,16 @@ fn shop_mapping() -> Value {
             "last_name": "substr(full_name, strpos(full_name, ' ') + 1)",
             "balance_cents": "round(balance * 100)::bigint",
         },
-    }]})
+    }, {"first": "public.tag", "second": "v2.tag"}]})
 }
 
 /// The table of the page on mappings.
 fn orders() -> Pair {
     let pair = Pair::new();
-    pair.second_store("v2", "CREATE TABLE purchase (purchase_id bigint PRIMARY KEY, state text NOT NULL, street text, city text)");
+    pair.second_store(
+        "v2",
+        "CREATE TABLE purchase (purchase_id bigint PRIMARY KEY, state text NOT NULL, street text, city text)",
+    );
     pair.first.sql(
         "CREATE TYPE public.order_status AS ENUM ('open', 'paid');
          CREATE TABLE public.orders (order_id bigserial PRIMARY KEY, status order_status NOT NULL, ship_to text NOT NULL);
@@ -321,7 +336,8 @@ fn section<'a>(text: &'a str, heading: &str) -> Vec<&'a str> {
 /// The rows of the tables among some lines, as cells, without their heads.
 fn rows(lines: &[&str]) -> Vec<Vec<String>> {
     let table = lines.iter().filter_map(|line| line.strip_prefix("| ")?.strip_suffix('|'));
-    let mut rows: Vec<Vec<String>> = table.map(|row| row.split('|').map(|cell| cell.trim().to_owned()).collect()).collect();
+    let mut rows: Vec<Vec<String>> =
+        table.map(|row| row.split('|').map(|cell| cell.trim().to_owned()).collect()).collect();
     rows.retain(|row| !["function", "option", "column", "phase", "setting", "SQLSTATE"].contains(&row[0].as_str()));
     rows
 }
@@ -369,15 +385,19 @@ fn the_reference_is_the_catalog() {
         section(&page, "## Views").iter().filter_map(|line| line.strip_prefix("### ").map(str::to_owned)).collect();
     assert_eq!(headings.into_iter().collect::<Vec<_>>(), views, "views");
     for view in views {
-        let columns = first.list(&format!("SELECT attname FROM pg_attribute WHERE attrelid = '{view}'::regclass AND attnum > 0 ORDER BY attnum"));
+        let columns = first.list(&format!(
+            "SELECT attname FROM pg_attribute WHERE attrelid = '{view}'::regclass AND attnum > 0 ORDER BY attnum"
+        ));
         assert_eq!(names(&page, &format!("### {view}")), columns, "columns of {view}");
     }
 
-    let settings: Vec<String> = rows(&section(&page, "## Settings")).iter().map(|row| row[..4].join("|").replace('`', "")).collect();
+    let settings: Vec<String> =
+        rows(&section(&page, "## Settings")).iter().map(|row| row[..4].join("|").replace('`', "")).collect();
     let query = "SELECT concat_ws('|', name, boot_val, coalesce(unit, ''), context) FROM pg_settings WHERE name ^@ 'crossover.' ORDER BY name";
     assert_eq!(settings, first.list(query), "settings");
 
-    let refused = Migration::named(&pair, "none").try_start(&shop_mapping(), &json!({"nonsense": 1})).expect_err("a refusal");
+    let refused =
+        Migration::named(&pair, "none").try_start(&shop_mapping(), &json!({"nonsense": 1})).expect_err("a refusal");
     let detail = refused.as_db_error().and_then(|e| e.detail()).expect("a detail").to_owned();
     let known = quoted(detail.split("expected one of").last().expect("a list"));
     assert_eq!(as_set(&names(&page, "## Options of `migration_start`")), as_set(&known), "options: {detail}");
@@ -429,9 +449,13 @@ fn psql_needs_no_x() {
     let migration = Migration::start(&pair, "crm", &shop_mapping());
     let look = |state: &str, views: &[&str]| {
         for view in views {
-            let (_, printed) = pair.first.psql_as("postgres", "app", None, &format!("SELECT * FROM migration_{view};"), true);
+            let (_, printed) =
+                pair.first.psql_as("postgres", "app", None, &format!("SELECT * FROM migration_{view};"), true);
             let widest = printed.lines().map(|line| line.trim_end().chars().count()).max().unwrap_or(0);
-            assert!(printed.contains("crm") && widest <= SCREEN, "{view} in {state} is {widest} columns wide:\n{printed}");
+            assert!(
+                printed.contains("crm") && widest <= SCREEN,
+                "{view} in {state} is {widest} columns wide:\n{printed}"
+            );
         }
     };
     look("copying", &["status", "progress", "details", "history"]);
@@ -445,4 +469,108 @@ fn psql_needs_no_x() {
     migration.call("resume");
     migration.finish();
     look("finished", &["status", "progress", "details", "history"]);
+}
+
+/// What docs/limits.md says of two sessions at a time.
+#[test]
+fn transactions_on_two_servers_are_as_the_limits_say() {
+    let pair = shop();
+    let migration = Migration::start(&pair, "shop", &shop_mapping());
+    migration.wait();
+    migration.walk(&["both", "second"]);
+    pair.first.sql("CREATE TABLE doctor (id int PRIMARY KEY, on_call boolean NOT NULL); INSERT INTO doctor VALUES (1, true), (2, true)");
+    let (mut a, mut b) = (pair.first.connect(), pair.first.connect());
+    let cents = |client: &mut postgres::Client| -> i64 {
+        client.query_one("SELECT balance_cents FROM customer WHERE id = 7", &[]).expect("a row").get(0)
+    };
+    let code = |result: Result<(), postgres::Error>| result.err().and_then(|e| e.code().map(|c| c.code().to_owned()));
+
+    // The second server commits first: write skew on a table of the first server alone.
+    for client in [&mut a, &mut b] {
+        client
+            .batch_execute("BEGIN ISOLATION LEVEL SERIALIZABLE; SELECT count(*) FROM doctor WHERE on_call")
+            .expect("a transaction");
+    }
+    a.batch_execute("UPDATE doctor SET on_call = false WHERE id = 1").expect("an update");
+    b.batch_execute(
+        "UPDATE doctor SET on_call = false WHERE id = 2; UPDATE customer SET balance_cents = 4711 WHERE id = 7",
+    )
+    .expect("updates");
+    a.batch_execute("COMMIT").expect("a commit");
+    assert_eq!(code(b.batch_execute("COMMIT")).as_deref(), Some("40001"));
+    assert_eq!(
+        (cents(&mut a), pair.first.text("SELECT on_call FROM doctor WHERE id = 2").as_deref()),
+        (4711, Some("t"))
+    );
+
+    // SKIP LOCKED and NOWAIT wait.
+    a.batch_execute("BEGIN; UPDATE customer SET balance_cents = 0 WHERE id = 7").expect("an update");
+    for how in ["SKIP LOCKED", "NOWAIT"] {
+        let query = format!("SET statement_timeout = '300ms'; SELECT FROM customer WHERE id = 7 FOR UPDATE {how}");
+        assert_eq!(code(b.batch_execute(&query)).as_deref(), Some("57014"), "{how}");
+    }
+    a.batch_execute("ROLLBACK").expect("a rollback");
+    b.batch_execute("RESET statement_timeout").expect("a reset");
+
+    // Snapshots.
+    let write = |value: i64| pair.first.sql(&format!("UPDATE customer SET balance_cents = {value} WHERE id = 7"));
+    a.batch_execute("BEGIN").expect("a transaction");
+    assert_eq!(cents(&mut a), 4711);
+    write(1);
+    assert_eq!(cents(&mut a), 1);
+    a.batch_execute("COMMIT; SET crossover.remote_isolation = 'repeatable read'; BEGIN").expect("a transaction");
+    assert_eq!(cents(&mut a), 1);
+    write(2);
+    assert_eq!(cents(&mut a), 1);
+    assert_eq!(code(a.batch_execute("UPDATE customer SET balance_cents = 3 WHERE id = 7")).as_deref(), Some("40001"));
+    a.batch_execute(
+        "ROLLBACK; RESET crossover.remote_isolation; BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT FROM doctor",
+    )
+    .expect("a transaction");
+    pair.first.sql("UPDATE doctor SET on_call = false; UPDATE customer SET balance_cents = 5 WHERE id = 7");
+    let local: bool = a.query_one("SELECT bool_or(on_call) FROM doctor", &[]).expect("a row").get(0);
+    assert_eq!((cents(&mut a), local), (5, true), "the second server's snapshot is taken when it is first needed");
+    write(6);
+    assert_eq!(cents(&mut a), 5);
+    a.batch_execute("COMMIT").expect("a commit");
+
+    // A connection for each backend that has used the second store.
+    let connections = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'postgres_fdw'";
+    let count = || pair.second.text(connections).and_then(|n| n.parse::<i64>().ok()).expect("a number");
+    let before = count();
+    let mut clients: Vec<_> = (0..5).map(|_| pair.first.connect()).collect();
+    assert_eq!(count(), before);
+    clients.iter_mut().for_each(|client| drop(cents(client)));
+    assert_eq!(count(), before + 5);
+}
+
+/// The arrows of the picture are the moves that the extension knows, each with its call.
+#[test]
+fn the_picture_of_the_states_is_true() {
+    let page = fs::read_to_string(docs::root().join("docs/concepts.md")).expect("the concepts");
+    let picture = page.split("```mermaid").nth(1).and_then(|t| t.split("```").next()).expect("a picture");
+    let drawn: BTreeSet<(String, String, &str)> = picture
+        .lines()
+        .filter(|line| !line.contains("[*]"))
+        .filter_map(|line| {
+            let (arrow, call) = line.split_once(" : ")?;
+            let (from, to) = arrow.split_once(" --> ")?;
+            let by = ["SetState", "Finish", "Cancel"];
+            let calls = ["migration_set_state", "migration_finish", "migration_cancel"];
+            let by = calls.iter().position(|c| call.starts_with(c)).map_or("Itself", |i| by[i]);
+            Some((from.trim().to_owned(), to.trim().to_owned(), by))
+        })
+        .collect();
+    let source = fs::read_to_string(docs::root().join("src/state.rs")).expect("the states");
+    let table = source.split("TRANSITIONS: ").nth(1).and_then(|t| t.split("];").next()).expect("the table");
+    let known: BTreeSet<(String, String, &str)> = table
+        .lines()
+        .filter_map(|line| {
+            let words: Vec<&str> = line.trim().strip_prefix('(')?.strip_suffix("),")?.split(", ").collect();
+            let [from, to, by] = words[..] else { return None };
+            Some((from.to_lowercase(), to.to_lowercase(), by.strip_prefix("By::")?))
+        })
+        .collect();
+    assert_eq!(drawn, known);
+    assert!(known.len() > 8, "{known:?}");
 }
