@@ -20,6 +20,8 @@ SELECT name, setting, unit, context FROM pg_settings WHERE name ~ '^crossover\.'
 SELECT pg_describe_object(classid, objid, 0) AS uncommented FROM pg_depend d
  WHERE refclassid = 'pg_extension'::regclass AND deptype = 'e' AND refobjid = (SELECT oid FROM pg_extension WHERE extname = 'pg_crossover')
    AND coalesce(obj_description(objid, classid::regclass::name), '') = ''
+   -- Row types and arrays, which newer versions count as the extension's, too.
+   AND NOT EXISTS (SELECT FROM pg_type t WHERE classid = 'pg_type'::regclass AND t.oid = objid AND (typrelid <> 0 OR typelem <> 0))
 UNION ALL
 SELECT pg_describe_object(classid, objid, attnum) FROM pg_depend d JOIN pg_attribute a ON a.attrelid = objid AND attnum > 0 AND NOT attisdropped
   JOIN pg_class c ON c.oid = objid AND c.relkind IN ('r', 'v') WHERE classid = 'pg_class'::regclass AND refclassid = 'pg_extension'::regclass AND deptype = 'e'
