@@ -10,7 +10,7 @@
 //! - `text output`: what the block before it prints. `…` stands for what differs from run to run;
 //! - `text diagram` and `mermaid`: pictures.
 //!
-//! `<!-- not run: reason -->` before a fence exempts its block, `<!-- test: fixture -->` says what the blocks after it need. Every fence has
+//! `<!-- not run: reason -->` before a fence `sh` exempts its block, `<!-- test: fixture -->` says what the blocks after it need. Every fence has
 //! to be one of these.
 
 use std::fs;
@@ -129,7 +129,7 @@ fn kind(info: &str, exempt: bool) -> Option<Kind> {
     };
     Some(match words[..] {
         ["text", "diagram"] | ["mermaid"] => Kind::Picture,
-        ["sh" | "sql" | "conf" | "json"] if exempt => Kind::Picture,
+        ["sh"] if exempt => Kind::Picture,
         ["json"] => Kind::Mapping,
         ["sh", on] => Kind::Shell { server: server(on)? },
         ["conf", on, file @ ("postgresql.conf" | "pg_hba.conf")] => {
@@ -204,6 +204,7 @@ mod tests {
         assert!(items("  ```sql first\nSELECT 1;\n  ```\n").is_err());
         assert!(items("```sql first\nSELECT 1;\n").is_err());
         assert!(items("```text output\nx\n```\n").is_err());
+        assert!(items("<!-- not run: it would drop the database -->\n```sql\nx\n```\n").is_err());
         assert!(items("<!-- not run: no -->\n```sh\nx\n```\n").is_err());
         assert!(items("<!-- not run: it would format the disk -->\ntext\n```sh\nx\n```\n").is_err());
         assert_eq!(items("<!-- not run: it would format the disk -->\n```sh\nx\n```\n").map(|i| i.len()), Ok(1));

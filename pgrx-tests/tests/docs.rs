@@ -441,6 +441,30 @@ fn as_set(names: &[String]) -> BTreeSet<String> {
     set
 }
 
+/// What a migration makes on either server says what it is, in `\d+` and `\df+`.
+#[test]
+fn all_that_a_migration_makes_has_a_comment() {
+    let pair = shop();
+    let migration = Migration::start(&pair, "shop", &shop_mapping());
+    migration.wait();
+    migration.walk(&["both", "second"]);
+    let uncommented = |schema: &str| {
+        format!(
+            "SELECT c.oid::regclass::text FROM pg_class c WHERE relnamespace = '{schema}'::regnamespace AND relkind IN ('r', 'p', 'v')
+                AND obj_description(c.oid, 'pg_class') IS NULL
+             UNION ALL SELECT p.oid::regprocedure::text FROM pg_proc p WHERE pronamespace = '{schema}'::regnamespace AND obj_description(p.oid, 'pg_proc') IS NULL
+             UNION ALL SELECT nspname FROM pg_namespace n WHERE nspname = '{schema}' AND obj_description(n.oid, 'pg_namespace') IS NULL"
+        )
+    };
+    assert_eq!(pair.first.list(&uncommented("crossover")), Vec::<String>::new());
+    assert_eq!(pair.second.list(&uncommented("crossover_peer")), Vec::<String>::new());
+    let theirs =
+        "SELECT count(*) FROM pg_proc WHERE proname ~ '__write$' AND obj_description(oid, 'pg_proc') IS NOT NULL";
+    assert_eq!(pair.first.text(theirs).as_deref(), Some("1"));
+    migration.walk(&["both", "first"]);
+    migration.cancel();
+}
+
 /// In the ordinary case a row of every view fits the screen, in each state.
 #[test]
 fn psql_needs_no_x() {

@@ -131,6 +131,8 @@ CREATE TABLE {conflict} (id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, sou
             (self.conflict(), "conflicts that wait to be brought home to the first server"),
         ]
         .iter()
+        .map(|(rel, what)| (rel.clone(), *what))
+        .chain((0..LOG_RING).map(|i| (self.log_ring(i), "part of the log; the parts are written and emptied in turn")))
         .map(|(rel, what)| format!("COMMENT ON TABLE {rel} IS 'pg_crossover: {what}';\n"))
         .collect()
     }
