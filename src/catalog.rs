@@ -9,7 +9,7 @@ use crate::mapping::model::Options;
 use crate::mapping::table::{Column, Table};
 use crate::mapping::text::array_literal;
 use crate::state::{Phase, State};
-use crate::store::{Row, Session, parse};
+use crate::store::{Isolation, Row, Session, parse};
 
 /// A server came back from before a point that had been replicated.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -311,12 +311,35 @@ pub fn constraints<S: Session>(session: &mut S, tables: &[(u32, Vec<Ident>)]) ->
     Ok(Constraints { uniques, references: references(session, &oids)? })
 }
 
+/// Writes down anew which foreign server each migration's tables lie on, where the one written down is not there: pg_upgrade gives servers other
+/// oids, tables keep theirs. In a transaction of its own.
+pub fn find_servers_again<S: Session>(session: &mut S) -> Result<()> {
+    session.begin(Isolation::ReadCommitted, &[])?;
+    let found = session.admin_execute(
+        "UPDATE crossover.migration AS m SET server_id = f.ftserver FROM pg_foreign_table AS f \
+         WHERE m.server_id <> 0 AND NOT EXISTS (SELECT FROM pg_foreign_server s WHERE s.oid = m.server_id) \
+         AND f.ftrelid = to_regclass(m.mapping::jsonb #>> '{tables,0,second}')",
+        &[],
+    );
+    let found = found.and_then(|_| session.commit());
+    if found.is_err() {
+        session.rollback();
+    }
+    found
+}
+
 /// The options by which `owner` reaches a foreign server: the server's, then the user mapping's.
 pub fn connection_options<S: Session>(session: &mut S, server: u32, owner: u32) -> Result<Vec<(String, String)>> {
     let rows = session.admin_query(
         "SELECT option_name, option_value FROM pg_foreign_server s, pg_options_to_table(s.srvoptions) WHERE s.oid = $1::text::oid",
         &[Some(&server.to_string())],
     )?;
+    // Without options libpq would connect to wherever its defaults lead.
+    let exists =
+        session.query("SELECT FROM pg_foreign_server WHERE oid = $1::text::oid", &[Some(&server.to_string())])?;
+    if exists.is_empty() {
+        return Err(Error::RemoteConnection { message: "its foreign server does not exist".into() });
+    }
     let mapping = session.admin_query(
         "SELECT o.option_name, o.option_value FROM (SELECT u.umoptions, u.umuser FROM pg_user_mapping u \
          WHERE u.umserver = $1::text::oid AND u.umuser IN (0, $2::text::oid) ORDER BY u.umuser DESC LIMIT 1) u, pg_options_to_table(u.umoptions) o",

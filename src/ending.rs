@@ -127,7 +127,7 @@ fn end(ctx: &mut Context, order: &Order, to: State, work: impl Fn(&mut Context) 
         // What the status shows is written now and then: the last figures would stand for ever.
         let id = ctx.migration.id.to_string();
         ctx.first.session.admin_execute(
-            "UPDATE crossover.activity SET backlog_rows = 0, backlog_since = NULL WHERE migration_id = $1::text::int",
+            "UPDATE crossover.activity SET backlog_rows = 0, backlog_since = NULL, log_bytes = 0 WHERE migration_id = $1::text::int",
             &[Some(&id)],
         )?;
         fault::point("end:moved")?;

@@ -190,7 +190,7 @@ fn install_first_locked(ctx: &mut Context, who: &str) -> Result<()> {
                 Some(&migration.id.to_string()),
                 Some(&pair.index.to_string()),
                 Some(&oid.to_string()),
-                Some(&pair.first.rel.to_string().replace('"', "")),
+                Some(&pair.first.rel.to_string()),
             ],
         )?;
     }

@@ -121,12 +121,11 @@ pub enum Phase {
     /// After a server had lost commits: all rows of both stores are compared, and replication runs as in `both`.
     Reconciling,
     Finishing,
-    Cancelling,
     Done,
 }
 
 impl Phase {
-    pub const ALL: [Phase; 11] = [
+    pub const ALL: [Phase; 10] = [
         Phase::SettingUp,
         Phase::Copying,
         Phase::CaptureDropped,
@@ -136,7 +135,6 @@ impl Phase {
         Phase::FencePending,
         Phase::Reconciling,
         Phase::Finishing,
-        Phase::Cancelling,
         Phase::Done,
     ];
 
@@ -151,7 +149,6 @@ impl Phase {
             Phase::FencePending => "fence pending",
             Phase::Reconciling => "reconciling",
             Phase::Finishing => "finishing",
-            Phase::Cancelling => "cancelling",
             Phase::Done => "done",
         }
     }

@@ -125,6 +125,27 @@ impl Cluster {
         run(command);
     }
 
+    /// Puts the server through pg_upgrade, from and to this installation, and starts it.
+    pub fn upgrade(&self) {
+        self.stop(Stop::Fast);
+        let new = self.base.path().join("upgraded");
+        template::initdb(&new);
+        for file in ["postgresql.conf", "pg_hba.conf"] {
+            let text = fs::read_to_string(self.data.join(file)).expect("a file of the old cluster");
+            fs::write(new.join(file), text).expect("a file of the new cluster");
+        }
+        let mut upgrade = Installation::get().program("pg_upgrade");
+        let (bin, ports) = (Installation::get().bin(), [free_port().to_string(), free_port().to_string()]);
+        upgrade.arg("-b").arg(bin).arg("-B").arg(bin).arg("-d").arg(&self.data).arg("-D").arg(&new);
+        upgrade
+            .args(["-U", "postgres", "-p", &ports[0], "-P", &ports[1], "-s"])
+            .arg(self.base.path())
+            .current_dir(self.base.path());
+        run(upgrade);
+        fs::remove_dir_all(&self.data).and_then(|()| fs::rename(&new, &self.data)).expect("to take its place");
+        self.start();
+    }
+
     /// Appends lines to postgresql.conf; they count from the next start or [`Cluster::reload`].
     pub fn configure(&self, lines: &[&str]) {
         let mut file =
@@ -301,6 +322,47 @@ impl Cluster {
         let mut command = Installation::get().program("psql");
         command.args(["-XqAt", "-v", "ON_ERROR_STOP=1", "-d", &self.url(), "-c", script]);
         run(command)
+    }
+
+    /// Feeds `script` to psql as a user types it, and returns what it prints (aligned, errors included) and whether all of it succeeded:
+    /// either it stops at the first error, or it goes on and shows the first line of each.
+    pub fn psql_as(
+        &self,
+        role: &str,
+        database: &str,
+        password: Option<&str>,
+        script: &str,
+        on_error_stop: bool,
+    ) -> (bool, String) {
+        let mut psql = Installation::get().program("psql");
+        psql.args(["-Xq", "-v", &format!("ON_ERROR_STOP={}", u8::from(on_error_stop)), "-h", "127.0.0.1"]);
+        psql.args(["-v", if on_error_stop { "VERBOSITY=default" } else { "VERBOSITY=terse" }]);
+        psql.args(["-p", &self.port.to_string(), "-U", role, "-d", database]);
+        psql.envs(password.map(|p| ("PGPASSWORD", p)));
+        let (reader, writer) = std::io::pipe().expect("a pipe");
+        psql.stdin(Stdio::piped()).stderr(writer.try_clone().expect("its end")).stdout(writer);
+        let mut child = psql.spawn().expect("psql to run");
+        // Its ends of the pipe are the child's alone from here on.
+        drop(psql);
+        child.stdin.take().expect("its standard input").write_all(script.as_bytes()).expect("to be read");
+        let printed = std::io::read_to_string(reader).expect("text");
+        (child.wait().expect("its end").success(), printed)
+    }
+
+    /// A shell as a DBA of this server has it: its programs in the path, its address in the environment.
+    pub fn shell(&self) -> Command {
+        let mut shell = Installation::get().program_of("/bin/bash");
+        shell.env("PGHOST", "127.0.0.1").env("PGPORT", self.port.to_string()).env("PGUSER", "postgres");
+        shell.env("PGDATA", &self.data).current_dir(self.base.path());
+        shell
+    }
+
+    /// Puts lines before those of pg_hba.conf, and has the server read it.
+    pub fn authenticate(&self, lines: &str) {
+        let file = self.data.join("pg_hba.conf");
+        let rest = fs::read_to_string(&file).expect("pg_hba.conf");
+        fs::write(&file, format!("{lines}\n{rest}")).expect("pg_hba.conf to be written");
+        self.reload();
     }
 
     /// `pg_dump --schema-only` of a database: the same text for the same schema.

@@ -43,6 +43,11 @@ impl Installation {
         self.share.join("extension/pg_crossover.control").exists()
     }
 
+    /// The directory of its programs.
+    pub fn bin(&self) -> &Path {
+        &self.bin
+    }
+
     /// The directory that the extension's control file belongs in.
     pub fn share(&self) -> &Path {
         &self.share
@@ -50,8 +55,16 @@ impl Installation {
 
     /// A program of this installation, run by the user that may run servers, deaf to the caller's `PG*` environment.
     pub fn program(&self, name: &str) -> Command {
-        let mut command = Command::new(self.bin.join(name));
-        command.env_clear().env("LC_ALL", "C.UTF-8").env("PATH", "/usr/bin:/bin").current_dir("/");
+        self.clean(Command::new(self.bin.join(name)), "/usr/bin:/bin")
+    }
+
+    /// Another program, which finds this installation's in its path.
+    pub fn program_of(&self, path: &str) -> Command {
+        self.clean(Command::new(path), &format!("{}:/usr/bin:/bin", self.bin.display()))
+    }
+
+    fn clean(&self, mut command: Command, path: &str) -> Command {
+        command.env_clear().env("LC_ALL", "C.UTF-8").env("PATH", path).current_dir("/");
         self.as_server_user(&mut command);
         command
     }

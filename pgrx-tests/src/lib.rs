@@ -5,6 +5,7 @@
 
 pub mod bank;
 pub mod cluster;
+pub mod docs;
 pub mod fingerprint;
 pub mod installation;
 pub mod journal;

@@ -26,16 +26,21 @@ pub fn copy_to(data: &Path) {
     run(cp);
 }
 
+/// An empty data directory.
+pub fn initdb(data: &Path) {
+    let mut initdb = Installation::get().program("initdb");
+    initdb.args(["--no-sync", "--auth=trust", "--username=postgres", "--encoding=UTF8", "--locale=C.UTF-8"]);
+    initdb.arg("-D").arg(data);
+    run(initdb);
+}
+
 fn make() -> Template {
     let installation = Installation::get();
     let base = tempfile::Builder::new().prefix("crossover-template.").tempdir().expect("a temporary directory").keep();
     installation.give(&base);
     let watchdog = Watchdog::over(&base);
     let data = base.join("data");
-    let mut initdb = installation.program("initdb");
-    initdb.args(["--no-sync", "--auth=trust", "--username=postgres", "--encoding=UTF8", "--locale=C.UTF-8"]);
-    initdb.arg("-D").arg(&data);
-    run(initdb);
+    initdb(&data);
     let mut single = installation.program("postgres");
     single.args(["--single", "-F", "-D"]).arg(&data).arg("postgres").stdin(Stdio::piped());
     single.stdout(Stdio::null()).stderr(Stdio::null());

@@ -61,7 +61,8 @@ impl From<migration_state> for State {
 
 extension_sql_file!("../../sql/catalog.sql", name = "catalog", requires = [migration_state]);
 extension_sql_file!("../../sql/views.sql", name = "views", requires = ["catalog", migration_state]);
-extension_sql_file!("../../sql/privileges.sql", name = "privileges", requires = ["views"], finalize);
+extension_sql_file!("../../sql/comments.sql", name = "comments", requires = ["views"]);
+extension_sql_file!("../../sql/privileges.sql", name = "privileges", requires = ["comments"], finalize);
 
 /// Starts a migration: checks the mapping, installs capture, begins the copy. Returns when the copy has begun.
 #[pg_extern]

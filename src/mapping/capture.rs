@@ -217,6 +217,7 @@ BEGIN
 END
 \0;
 REVOKE ALL ON FUNCTION {function}() FROM PUBLIC;
+COMMENT ON FUNCTION {function}() IS 'pg_crossover: logs which keys are changed';
 {}",
             if by_row { self.row_triggers(objects) } else { self.statement_triggers(objects) }
         ))

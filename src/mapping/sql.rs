@@ -110,11 +110,31 @@ CREATE INDEX {owed_parked} ON {owed} (source, key) WHERE error IS NOT NULL;
 CREATE TABLE {chunk} (source int NOT NULL, chunk bigint NOT NULL, rows bigint NOT NULL, PRIMARY KEY (source, chunk));
 CREATE TABLE {conflict} (id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, source int NOT NULL, key text[] NOT NULL,
     kept text NOT NULL, first_image jsonb, second_image jsonb, at timestamptz NOT NULL DEFAULT clock_timestamp());
-{fence}",
+{comments}{fence}",
+            comments = self.comments(),
             owed_turn = owed.name.with_suffix("_turn"),
             owed_parked = owed.name.with_suffix("_parked"),
             fence = self.create_fence_function(),
         )
+    }
+
+    /// What `\d+` says of them.
+    fn comments(&self) -> String {
+        [
+            (self.log(), "which keys were changed, when and by which transaction; emptied by the worker"),
+            (self.member(), "the tables and partitions whose changes are captured, and their triggers"),
+            (self.origin(), "the transactions of replication itself: their changes are not logged"),
+            (self.counter(), "raised before the other server relies on what is committed here"),
+            (self.mark(), "the snapshot of the other store up to which its changes have arrived here"),
+            (self.owed(), "keys within that snapshot that are not applied here yet; with an error: parked rows"),
+            (self.chunk(), "parts of the copy that have arrived here"),
+            (self.conflict(), "conflicts that wait to be brought home to the first server"),
+        ]
+        .iter()
+        .map(|(rel, what)| (rel.clone(), *what))
+        .chain((0..LOG_RING).map(|i| (self.log_ring(i), "part of the log; the parts are written and emptied in turn")))
+        .map(|(rel, what)| format!("COMMENT ON TABLE {rel} IS 'pg_crossover: {what}';\n"))
+        .collect()
     }
 
     /// Drops what [`Objects::install`] made and the capture functions of `tables`; harmless when it is not there.
@@ -147,10 +167,11 @@ BEGIN
     END IF;
     RAISE EXCEPTION 'table \"%\" belongs to a store that a migration does not expose', TG_TABLE_NAME
         USING ERRCODE = 'read_only_sql_transaction',
-              HINT = 'Write through the view under the table''s old name; migration_status() of pg_crossover on the first server shows the state.';
+              HINT = 'Write through the view under the table''s old name; migration_status of pg_crossover on the first server shows the state.';
 END
 \0;
 REVOKE ALL ON FUNCTION {function}() FROM PUBLIC;
+COMMENT ON FUNCTION {function}() IS 'pg_crossover: rejects writes to a store that is not exposed';
 "
         ))
     }

@@ -232,7 +232,9 @@ END
 CREATE TRIGGER crossover_write INSTEAD OF INSERT OR UPDATE OR DELETE ON {view} FOR EACH ROW EXECUTE FUNCTION {function}();
 CREATE TRIGGER crossover_write INSTEAD OF UPDATE OR DELETE ON {write} FOR EACH ROW EXECUTE FUNCTION {function}();
 REVOKE ALL ON FUNCTION {function}() FROM PUBLIC;
+COMMENT ON FUNCTION {function}() IS 'pg_crossover: writes to {commented} go to the second store through the rules';
 ",
+        commented = managed.view.to_string().replace('\'', "''"),
         schema = pair.first.rel.schema,
         view = managed.view,
         write = managed.write,

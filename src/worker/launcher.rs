@@ -9,6 +9,7 @@ use pgrx::prelude::*;
 use super::migration::has_worker;
 use super::roster::Roster;
 use super::{Assignment, assignment, connect, exit, reload_configuration, start_migration, start_scout};
+use crate::catalog;
 use crate::error::{Error, Result};
 use crate::fault;
 use crate::lock::wait_latch;
@@ -117,7 +118,11 @@ pub extern "C-unwind" fn crossover_scout_main(_arg: pg_sys::Datum) {
 /// Reports every migration of this database that has not ended and has no worker: the postmaster restarts those that it knows.
 fn scout(roster: u32) -> Result<()> {
     let migrations = match LocalSession::new() {
-        Ok(mut session) => fault::point("scout:begun").and_then(|()| without_worker(&mut session))?,
+        Ok(mut session) => {
+            fault::point("scout:begun")?;
+            catalog::find_servers_again(&mut session)?;
+            without_worker(&mut session)?
+        }
         Err(Error::NotInstalled) => Vec::new(),
         Err(e) => return Err(e),
     };

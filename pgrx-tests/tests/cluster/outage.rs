@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use pgrx_tests::cluster::Stop;
+use pgrx_tests::cluster::{Stop, explain};
 use pgrx_tests::journal::{self, Journal};
 use pgrx_tests::wait::{SOON, for_a, until};
 use pgrx_tests::{Load, Migration, Pair, Tally, Witness, market};
@@ -144,6 +144,9 @@ fn while_replicating() {
     // A switch that needs the second server says so and changes nothing.
     migration.try_set_state("both", Duration::from_secs(3)).expect_err("the second server is away");
     assert_eq!(migration.state(), "first");
+    // And a wait says how long it was.
+    let error = explain(&migration.try_wait(Duration::from_secs(2)).expect_err("the second server is away"));
+    assert!(error.starts_with("57014") && !error.contains("within 0 ms"), "{error}");
     unhurt(&load.take(), "with a switch asked for in vain");
     pair.second.start();
     migration.settle();

@@ -140,7 +140,7 @@ fn an_ordinary_role_runs_a_whole_life() {
     }
     scene.go(&["both", "second"]);
     load.until_done(100);
-    let seen = "SELECT count(*)::text FROM migration_status WHERE owner = 'mover' AND worker_pid IS NOT NULL AND last_error IS NULL";
+    let seen = "SELECT count(*)::text FROM migration_status JOIN migration_details USING (name) WHERE owner = 'mover' AND worker_pid IS NOT NULL AND last_error IS NULL";
     assert_eq!(mover.query_one(seen, &[]).expect("its status").get::<_, String>(0), "1");
     scene.go(&["both", "first", "copying"]);
     migration.until_state("first");
@@ -370,7 +370,9 @@ fn strangers_neither_see_nor_steer() {
                  $$ BEGIN INSERT INTO leaked VALUES ($1); RETURN true; END $$",
         )
         .expect("a function");
-    for view in ["migration_status", "migration_progress", "migration_conflicts", "migration_history"] {
+    for view in
+        ["migration_status", "migration_details", "migration_progress", "migration_conflicts", "migration_history"]
+    {
         let rows = rival.query(&format!("SELECT FROM {view} AS v WHERE pg_temp.leak(v::text)"), &[]).expect(view);
         assert!(rows.is_empty(), "{view}");
     }

@@ -26,7 +26,8 @@ impl Worker {
         let id = self.id();
         // One that is running here was cut off by an error of this server's: every request can be repeated.
         let rows = self.ctx.first.session.read(
-            "SELECT id, kind, arguments::text, who, caller_pid, extract(epoch FROM deadline - clock_timestamp()), caller_call FROM crossover.request \
+            "SELECT id, kind, arguments::text, who, caller_pid, extract(epoch FROM deadline - clock_timestamp()), caller_call, \
+                    (extract(epoch FROM clock_timestamp() - created_at) * 1000)::bigint FROM crossover.request \
              WHERE migration_id = $1::text::int AND status IN ('queued', 'running') ORDER BY kind = 'wait', id",
             &[Some(&id)],
         )?;
@@ -38,7 +39,7 @@ impl Worker {
                     &field(0),
                     &Err(Error::Timeout {
                         name: self.ctx.migration.name.clone(),
-                        waited_ms: 0,
+                        waited_ms: parse(&field(7))?,
                         detail: "The request was not served in time.".into(),
                     }),
                 )?;

@@ -16,6 +16,19 @@ SELECT c.relname, a.attname, format_type(a.atttypid, a.atttypmod) AS type
 
 SELECT name, setting, unit, context FROM pg_settings WHERE name ~ '^crossover\.' ORDER BY name;
 
+-- All of it says what it is: what the extension has made, and each column of its tables and views.
+SELECT pg_describe_object(classid, objid, 0) AS uncommented FROM pg_depend d
+ WHERE refclassid = 'pg_extension'::regclass AND deptype = 'e' AND refobjid = (SELECT oid FROM pg_extension WHERE extname = 'pg_crossover')
+   AND coalesce(obj_description(objid, classid::regclass::name), '') = ''
+   -- Row types and arrays, which newer versions count as the extension's, too.
+   AND NOT EXISTS (SELECT FROM pg_type t WHERE classid = 'pg_type'::regclass AND t.oid = objid AND (typrelid <> 0 OR typelem <> 0))
+UNION ALL
+SELECT pg_describe_object(classid, objid, attnum) FROM pg_depend d JOIN pg_attribute a ON a.attrelid = objid AND attnum > 0 AND NOT attisdropped
+  JOIN pg_class c ON c.oid = objid AND c.relkind IN ('r', 'v') WHERE classid = 'pg_class'::regclass AND refclassid = 'pg_extension'::regclass AND deptype = 'e'
+   AND refobjid = (SELECT oid FROM pg_extension WHERE extname = 'pg_crossover') AND coalesce(col_description(objid, attnum), '') = '' ORDER BY 1;
+SELECT count(*) > 100 AS looked_at_all FROM pg_depend d LEFT JOIN pg_attribute a ON d.classid = 'pg_class'::regclass AND a.attrelid = objid AND attnum > 0
+ WHERE refclassid = 'pg_extension'::regclass AND deptype = 'e' AND refobjid = (SELECT oid FROM pg_extension WHERE extname = 'pg_crossover');
+
 -- Nothing is executable by PUBLIC.
 SELECT p.proname FROM pg_proc p
  WHERE p.proname ~ '^migration_' AND p.pronamespace = 'public'::regnamespace
