@@ -167,7 +167,7 @@ fn the_form_of_the_mapping() {
         (
             "an unknown policy",
             r#"{"conflicts": "dice"}"#,
-            "/conflicts: cannot be \"dice\"",
+            "/conflicts: is \"dice\"",
             "It can be \"latest\", \"first\", \"second\".",
         ),
         ("options as a list", "[1]", "options: is an array, not an object", correct),
