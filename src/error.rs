@@ -43,22 +43,15 @@ pub struct Problem {
     pub object: String,
     pub message: String,
     pub hint: Option<String>,
-    /// It is a lack of privileges and nothing else.
-    pub privilege: bool,
 }
 
 impl Problem {
     pub fn new(object: impl fmt::Display, message: impl Into<String>) -> Self {
-        Problem { object: object.to_string(), message: message.into(), hint: None, privilege: false }
+        Problem { object: object.to_string(), message: message.into(), hint: None }
     }
 
     pub fn hint(mut self, hint: impl Into<String>) -> Self {
         self.hint = Some(hint.into());
-        self
-    }
-
-    pub fn privilege(mut self) -> Self {
-        self.privilege = true;
         self
     }
 }
@@ -192,7 +185,6 @@ impl Error {
             Error::StillParked { .. } => "55000".into(),
             Error::UnknownMigration { .. } | Error::UnknownConflict { .. } => "42704".into(),
             Error::NameTaken { .. } => "42710".into(),
-            Error::Mapping { problems, .. } if problems.iter().all(|p| p.privilege) => "42501".into(),
             Error::Mapping { .. } | Error::Options { .. } | Error::BadArgument { .. } => "22023".into(),
             Error::Misfit { .. } => "55000".into(),
             Error::NameTooLong { .. } => "42622".into(),
