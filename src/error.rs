@@ -249,7 +249,7 @@ impl Error {
             Error::OwnerIsGone { .. } => {
                 "As a superuser, give the migration to the role that owns its tables now: UPDATE crossover.migration SET owner = 'new_owner'::regrole WHERE name = '...'; then call migration_wait.".into()
             }
-            Error::WrongState { name, state, hint, .. } if hint.is_empty() => state.allowed_hint(&literal(name)),
+            Error::WrongState { name, state, hint: "", .. } => state.allowed_hint(&literal(name)),
             Error::WrongState { name, state, hint, .. } => format!("{hint} {}", state.allowed_hint(&literal(name))),
             Error::Transition { name, from, .. } => from.allowed_hint(&literal(name)),
             Error::Paused { name, .. } => format!("SELECT migration_resume({});", literal(name)),
@@ -308,7 +308,7 @@ impl Error {
                 "Call it in a transaction that is READ WRITE; see default_transaction_read_only for what new ones are.".into()
             }
             Error::Diverged { name, state, .. } => format!(
-                "No store is newly exposed until all rows have been {}: migration_set_state({}, '{state}', force => true).",
+                "No store is newly exposed until all rows have been {}: SELECT migration_set_state({}, '{state}', force => true);",
                 if *state == State::Copying { "copied again" } else { "compared" },
                 literal(name)
             ),
