@@ -308,7 +308,7 @@ impl Error {
                 "Call it in a transaction that is READ WRITE; see default_transaction_read_only for what new ones are.".into()
             }
             Error::Diverged { name, state, .. } => format!(
-                "No store is newly exposed until all rows have been {}: migration_set_state({}, '{state}', force => true).",
+                "No store is newly exposed until all rows have been {}: SELECT migration_set_state({}, '{state}', force => true);",
                 if *state == State::Copying { "copied again" } else { "compared" },
                 literal(name)
             ),

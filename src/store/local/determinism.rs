@@ -346,6 +346,9 @@ fn function_hint(called: &Called) -> String {
         "date" | "time" | "timestamp" | "timetz" | "date_trunc" | "date_part" | "extract" if called.takes_timestamptz => {
             "Say in which time zone, and go on with that: column AT TIME ZONE 'UTC'.".into()
         }
+        name if name.contains("_timestamptz") || name.starts_with("timestamptz_") => {
+            "Say in which time zone: column AT TIME ZONE 'UTC' makes one of the two types of the other.".into()
+        }
         _ => wrap_hint(),
     }
 }

@@ -89,6 +89,7 @@ fn expressions() {
         ("d::timestamptz = tz", "depends on the session: it calls timestamptz(date)", "Say in which time zone: column::timestamp AT TIME ZONE 'UTC'.".into()),
         ("ts::timestamptz = tz", "depends on the session: it calls timestamptz(timestamp without time zone)", "Say in which time zone: column AT TIME ZONE 'UTC'.".into()),
         ("tz + iv = tz", "depends on the session: it calls timestamptz_pl_interval(timestamp with time zone,interval)", "Say in which time zone days are counted: (column AT TIME ZONE 'UTC' + ...) AT TIME ZONE 'UTC'.".into()),
+        ("ts = tz", "depends on the session: it calls timestamp_eq_timestamptz(timestamp without time zone,timestamp with time zone)", "Say in which time zone: column AT TIME ZONE 'UTC' makes one of the two types of the other.".into()),
         ("to_char(tz, 'YYYY')", "depends on the session: it calls to_char(timestamp with time zone,text)", "Say in which time zone: to_char(column AT TIME ZONE 'UTC', ...); of a date: to_char(column::timestamp, ...).".into()),
         ("to_char(ts, 'TMMonth')", "depends on the session: it calls to_char(timestamp without time zone,text)", "Write the format as a literal, without TM (names in the language of lc_time).".into()),
         ("to_char(ts, t)", "depends on the session: it calls to_char(timestamp without time zone,text)", "Write the format as a literal, without TM (names in the language of lc_time).".into()),

@@ -13,9 +13,12 @@ fn the_form_of_the_mapping() {
     let names = "Write it as in SQL: schema.table, in double quotes where it is not all in lower case.";
     let table = r#""first": "s1.t", "second": "f2.t""#;
     let long = "x".repeat(64);
+    let deep = "[".repeat(200) + &"]".repeat(200);
     for (name, mapping, detail, hint) in [
         ("an array", "[]".to_owned(), "mapping: is an array, not an object", NOTHING),
         ("null", "null".into(), "mapping: is null, not an object", NOTHING),
+        ("a deep one", deep, "mapping: cannot be read: recursion limit exceeded …", NOTHING),
+        ("a number without end", "[1e999]".into(), "mapping: cannot be read: number out of range …", NOTHING),
         ("no tables", "{}".into(), "/tables: is missing", NOTHING),
         ("an object of tables", r#"{"tables": {}}"#.into(), "/tables: is an object, not an array", NOTHING),
         (
