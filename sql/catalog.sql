@@ -31,6 +31,7 @@ CREATE TABLE crossover.migrated_table (
     copy_started   timestamptz,
     copy_finished  timestamptz,
     grants         text,                  -- as the table had them before the takeover
+    second_grants  text,                  -- as the view of the second shape had them when it was hidden last
     take_back      text,                  -- REVOKEs of what the table's owner was granted for the sake of the view
     last_chunk     bigint NOT NULL DEFAULT 0,
     last_key       text,                  -- end of the last chunk handed out
@@ -53,6 +54,7 @@ COMMENT ON TABLE crossover.chunk IS 'parts of the copy that are handed out; done
 CREATE TABLE crossover.activity (
     migration_id    int PRIMARY KEY REFERENCES crossover.migration ON DELETE CASCADE,
     worker_pid      int,
+    worker_role     oid,                  -- the role that it runs as
     backlog_rows    bigint NOT NULL DEFAULT 0,
     backlog_since   timestamptz,
     log_bytes       bigint NOT NULL DEFAULT 0,

@@ -124,11 +124,12 @@ const COLUMNS: &str = "SELECT a.attname::text, format_type(a.atttypid, a.atttypm
        (SELECT quote_ident(cn.nspname) || '.' || quote_ident(co.collname) FROM pg_collation co JOIN pg_namespace cn ON cn.oid = co.collnamespace \
          WHERE co.oid = a.attcollation AND a.attcollation <> t.typcollation), \
        coalesce((SELECT option_value FROM pg_options_to_table(a.attfdwoptions) WHERE option_name = 'column_name'), a.attname::text), \
-       (t.typtype = 'e' OR coalesce(nullif(t.typbasetype, 0), t.oid) = ANY (ARRAY['bool', '\"char\"', 'name', 'int8', 'int2', 'int4', 'text', 'oid', 'bpchar', \
+       (t.typtype = 'e' AND NOT EXISTS (SELECT FROM pg_cast WHERE castsource = t.oid AND casttarget = 'text'::regtype) OR coalesce(nullif(t.typbasetype, 0), t.oid) = ANY (ARRAY['bool', '\"char\"', 'name', 'int8', 'int2', 'int4', 'text', 'oid', 'bpchar', \
            'varchar', 'date', 'time', 'timestamp', 'timestamptz', 'numeric', 'uuid', 'bytea', 'inet', 'cidr', 'macaddr', 'macaddr8', 'bit', 'varbit', 'pg_lsn', 'xid8']::regtype[])) \
        AND NOT EXISTS (SELECT FROM pg_collation co WHERE co.oid = a.attcollation AND NOT co.collisdeterministic), \
        EXISTS (SELECT FROM pg_cast WHERE castsource = coalesce(nullif(t.typbasetype, 0), t.oid) AND casttarget = 'text'::regtype AND castmethod = 'f'), \
-       EXISTS (SELECT FROM pg_cast WHERE castsource = 'text'::regtype AND casttarget = coalesce(nullif(t.typbasetype, 0), t.oid) AND castmethod = 'f') \
+       EXISTS (SELECT FROM pg_cast WHERE castsource = 'text'::regtype AND casttarget = coalesce(nullif(t.typbasetype, 0), t.oid) AND castmethod = 'f'), \
+       format_type(coalesce(nullif(t.typbasetype, 0), t.oid), -1) \
   FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid LEFT JOIN pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum \
  WHERE a.attrelid = $1::text::oid AND a.attnum > 0 AND NOT a.attisdropped ORDER BY a.attnum";
 
@@ -192,6 +193,7 @@ fn column(row: Row) -> Result<Column> {
         one_text: field(10) == "t",
         cast_to_text: field(11) == "t",
         cast_of_text: field(12) == "t",
+        base_type: field(13),
     })
 }
 

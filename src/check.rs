@@ -6,6 +6,7 @@ use std::collections::BTreeSet;
 
 use crate::catalog::{self, Member, Migration, Relation};
 use crate::error::{Error, Problem, Result};
+use crate::mapping::form::pointer_token;
 use crate::mapping::ident::{Ident, RelName};
 use crate::mapping::model::{NamedTable, Takeover, Target};
 use crate::mapping::rule::Pair;
@@ -15,6 +16,7 @@ use crate::store::local::LocalSession;
 use crate::store::{Session, parse};
 
 /// What the check of the first server found: the pairs, and the foreign server that they all lie on.
+#[derive(Default)]
 pub struct Checked {
     pub pairs: Vec<Pair>,
     pub first_tables: Vec<(u32, RelName)>,
@@ -39,14 +41,18 @@ pub fn first_server(
         problems
             .push(Problem::new("database", "the encoding is not UTF8").hint("Other encodings are not supported yet."));
     }
-    let mut checked = Checked { pairs: Vec::new(), first_tables: Vec::new(), server_id: 0 };
+    let mut checked = Checked::default();
     let mut servers = BTreeSet::new();
     let first_oids = oids(session, named.iter().map(|n| &n.first))?;
     for (i, named) in named.iter().enumerate() {
         let first = catalog::describe(session, &named.first)?;
         let second = catalog::describe(session, &named.second)?;
         match &first {
-            None => problems.push(Problem::new(&named.first, "the table does not exist")),
+            None => {
+                problems.push(Problem::new(&named.first, "the table does not exist").hint(
+                    "Names are folded to lower case unless they are in double quotes, as in SQL: public.\"Order\".",
+                ))
+            }
             Some(first) => first_table(session, migration, named, first, &first_oids, &mut problems)?,
         }
         match &second {
@@ -55,7 +61,11 @@ pub fn first_server(
                     .hint("Create it with CREATE FOREIGN TABLE or IMPORT FOREIGN SCHEMA."),
             ),
             Some(second) if second.kind != 'f' => {
-                problems.push(Problem::new(&named.second, "is not a foreign table"));
+                problems.push(
+                    Problem::new(&named.second, "is not a foreign table").hint(
+                        "Create one that stands for the table on the second server, with CREATE FOREIGN TABLE or IMPORT FOREIGN SCHEMA.",
+                    ),
+                );
             }
             Some(second) if second.server_wrapper.as_deref() != Some("postgres_fdw") => problems.push(
                 Problem::new(&named.second, "is not behind postgres_fdw").hint("Other wrappers are not supported yet."),
@@ -65,32 +75,20 @@ pub fn first_server(
                 servers.extend(second.server);
             }
         }
-        if let Some(view) = &named.second_view
-            && catalog::describe(session, view)?.is_some()
-        {
-            problems.push(
-                Problem::new(view, "already exists").hint("The view of the second shape is made by the migration."),
-            );
+        if let Some(view) = &named.second_view {
+            second_view(session, view, &mut problems)?;
         }
         let (Some(first), Some(second)) = (first, second) else { continue };
         if first.owner != migration.owner
             && let Some(server) = second.server
         {
-            let mapped = session.admin_query(
-                "SELECT EXISTS (SELECT FROM pg_user_mapping WHERE umserver = $1::text::oid AND umuser IN (0, $2::text::oid))",
-                &[Some(&server.to_string()), Some(&first.owner.to_string())],
-            )?;
-            if mapped[0][0].as_deref() != Some("t") {
-                problems.push(Problem::new(&named.first, "its owner has no user mapping for the foreign server").hint(
-                    "The managed view reaches the second store as the table's owner: CREATE USER MAPPING for it.",
-                ));
-            }
+            user_mapping(session, server, first.owner, Some(&named.first), &mut problems)?;
         }
         let mut table = first.table.clone();
-        key(session, named, &mut table, &mut problems)?;
+        key(session, named, first.kind, &mut table, &mut problems)?;
         match Pair::compile(i, named, table, second.table) {
             Ok(pair) => {
-                expressions(session, &pair, &mut problems)?;
+                expressions(session, named, &pair, &mut problems)?;
                 checked.first_tables.push((first.table.oid, first.table.rel.clone()));
                 checked.pairs.push(pair);
             }
@@ -98,10 +96,64 @@ pub fn first_server(
         }
     }
     if servers.len() > 1 {
-        problems.push(Problem::new("mapping", "the foreign tables lie on more than one server"));
+        problems.push(
+            Problem::new("mapping", "the foreign tables lie on more than one server")
+                .hint("One migration leads to one server: start one for each."),
+        );
+    }
+    for server in &servers {
+        user_mapping(session, *server, migration.owner, None, &mut problems)?;
     }
     checked.server_id = servers.into_iter().next().unwrap_or(0);
     Ok((checked, problems))
+}
+
+/// The name of the second shape's view must be free, in a schema that there is.
+fn second_view(session: &mut LocalSession, view: &RelName, problems: &mut Vec<Problem>) -> Result<()> {
+    let found = session.query(
+        "SELECT EXISTS (SELECT FROM pg_namespace WHERE nspname = $1::text::name), to_regclass($2::text) IS NOT NULL",
+        &[Some(view.schema.as_str()), Some(&view.to_string())],
+    )?;
+    if found[0][0].as_deref() != Some("t") {
+        problems.push(Problem::new(view, "its schema does not exist").hint(format!("CREATE SCHEMA {};", view.schema)));
+    }
+    if found[0][1].as_deref() == Some("t") {
+        problems.push(Problem::new(view, "already exists").hint(
+            "The migration makes the view of the second shape itself: choose a name that is free, or drop what has it.",
+        ));
+    }
+    Ok(())
+}
+
+/// `role` must have a way to the foreign server; `table`: as the owner of it, for the managed view.
+fn user_mapping(
+    session: &mut LocalSession,
+    server: u32,
+    role: u32,
+    table: Option<&RelName>,
+    problems: &mut Vec<Problem>,
+) -> Result<()> {
+    let found = session.admin_query(
+        "SELECT EXISTS (SELECT FROM pg_user_mapping WHERE umserver = s.oid AND umuser IN (0, r.oid)), s.srvname::text, r.rolname::text \
+         FROM pg_foreign_server s, pg_roles r WHERE s.oid = $1::text::oid AND r.oid = $2::text::oid",
+        &[Some(&server.to_string()), Some(&role.to_string())],
+    )?;
+    let Some([Some(mapped), Some(server), Some(role)]) = found.first().map(Vec::as_slice) else { return Ok(()) };
+    if mapped == "t" {
+        return Ok(());
+    }
+    let (server, role) = (Ident::new(server), Ident::new(role));
+    let problem = match table {
+        Some(table) => Problem::new(
+            table,
+            format!("its owner {role}, as whom the managed view will be read, has no user mapping for server {server}"),
+        ),
+        None => Problem::new(format!("server {server}"), format!("role {role} has no user mapping for it")),
+    };
+    problems.push(
+        problem.hint(format!("CREATE USER MAPPING FOR {role} SERVER {server} OPTIONS (user '...', password '...');")),
+    );
+    Ok(())
 }
 
 fn oids<'a>(session: &mut LocalSession, names: impl Iterator<Item = &'a RelName>) -> Result<Vec<u32>> {
@@ -115,7 +167,8 @@ fn owner(name: &RelName, relation: &Relation, migration: &Migration, problems: &
     if relation.owner != migration.owner && !migration.owner_is_superuser {
         problems.push(
             Problem::new(name, format!("is not owned by {}", migration.owner_name))
-                .hint("All tables of a migration belong to the role that starts it (SET ROLE)."),
+                .hint("All tables of a migration belong to the role that starts it: SET ROLE to their owner.")
+                .privilege(),
         );
     }
 }
@@ -132,8 +185,9 @@ fn first_table(
         let p = Problem::new(&named.first, message);
         problems.push(if hint.is_empty() { p } else { p.hint(hint) });
     };
-    if !matches!(first.kind, 'r' | 'p') {
-        problem("is not a table", "");
+    if let Some((message, hint)) = kind_problem(first, &named.first) {
+        problem(message, hint);
+        return Ok(());
     }
     for (message, hint) in tree_problems(first) {
         problem(message, hint);
@@ -143,12 +197,15 @@ fn first_table(
         problem(&message, hint);
     }
     match first.persistence {
-        'u' => problem("is UNLOGGED: its rows would not survive a crash", "ALTER TABLE ... SET LOGGED first."),
-        't' => problem("is a temporary table", ""),
+        'u' => problem(
+            "is UNLOGGED: its rows would not survive a crash",
+            &format!("ALTER TABLE {} SET LOGGED;", named.first),
+        ),
+        't' => problem("is a temporary table", "Its rows are gone when its session ends: create an ordinary table."),
         _ => {}
     }
     if first.row_security {
-        problem("has row security", "A view cannot carry its policies.");
+        problem("has row security", "The managed view could not carry its policies. Such tables are not supported.");
     }
     let oid = first.table.oid.to_string();
     let claimed = session.admin_query(
@@ -157,7 +214,10 @@ fn first_table(
         &[Some(&oid), Some(&migration.id.to_string())],
     )?;
     if let Some(name) = claimed.first().and_then(|r| r[0].as_deref()) {
-        problem(&format!("belongs to migration \"{name}\""), "");
+        problem(
+            &format!("belongs to migration \"{name}\""),
+            "A table is in one migration at a time; see migration_status.",
+        );
     }
     let tree = array_literal(tree.iter().map(|m| m.oid.to_string()));
     let dependents = session.query(
@@ -186,7 +246,7 @@ fn first_table(
                     row[0].as_deref().unwrap_or("?"),
                     row[1].as_deref().unwrap_or("?")
                 ),
-                "Migrate both tables together, or accept it with the option \"foreign_keys\".",
+                "Migrate both tables together, or accept it with the option {\"foreign_keys\": true}.",
             );
         }
     }
@@ -194,18 +254,36 @@ fn first_table(
     for suffix in [FIRST_SUFFIX, WRITE_SUFFIX] {
         let reserved = named.first.with_suffix(suffix);
         if catalog::describe(session, &reserved)?.is_some() {
-            problems
-                .push(Problem::new(&named.first, format!("the name {reserved}, which the takeover needs, is taken")));
+            problems.push(
+                Problem::new(&named.first, format!("the name {reserved}, which the takeover needs, is taken"))
+                    .hint(format!("ALTER TABLE {reserved} RENAME TO ...;")),
+            );
         }
     }
     Ok(())
+}
+
+/// What the first table is instead of a table.
+fn kind_problem(first: &Relation, name: &RelName) -> Option<(&'static str, &'static str)> {
+    let hint = "The first store is ordinary tables of this database, and partitioned ones.";
+    Some(match first.kind {
+        _ if matches!(name.schema.as_str(), "pg_catalog" | "information_schema" | "crossover") => {
+            ("belongs to PostgreSQL or to the extension", hint)
+        }
+        'r' | 'p' => return None,
+        'v' => ("is a view", "Name the table that it reads."),
+        'm' => ("is a materialized view", "Name the table that it reads."),
+        'f' => ("is a foreign table", hint),
+        'S' => ("is a sequence", hint),
+        _ => ("is not a table", hint),
+    })
 }
 
 /// Why a table's place in a tree keeps it from being migrated.
 fn tree_problems(relation: &Relation) -> Vec<(&'static str, &'static str)> {
     let mut found = Vec::new();
     if relation.is_child {
-        found.push(("is a partition or inherits from another table", "Migrate the whole partitioned table."));
+        found.push(("is a partition or inherits from another table", "Migrate the partitioned table as a whole."));
     }
     if relation.kind == 'r' && relation.is_parent {
         found.push(("other tables inherit from it", "Inheritance is not supported; declarative partitioning is."));
@@ -218,55 +296,74 @@ fn member_problem(member: &Member) -> Option<(String, &'static str)> {
     let (what, hint) = match (member.kind, member.persistence) {
         ('r' | 'p', 'p') => return None,
         ('r' | 'p', _) => {
-            ("UNLOGGED or temporary: its rows would not survive a crash", "ALTER TABLE ... SET LOGGED first.")
+            ("UNLOGGED or temporary: its rows would not survive a crash", "ALTER TABLE ... SET LOGGED, or detach it.")
         }
-        _ => ("no table", "Changes of its rows cannot be captured."),
+        _ => ("no table", "Changes of its rows cannot be captured: detach it."),
     };
     Some((format!("partition {} is {what}", member.name), hint))
 }
 
-fn key(session: &mut LocalSession, named: &NamedTable, table: &mut Table, problems: &mut Vec<Problem>) -> Result<()> {
+fn key(
+    session: &mut LocalSession,
+    named: &NamedTable,
+    kind: char,
+    table: &mut Table,
+    problems: &mut Vec<Problem>,
+) -> Result<()> {
+    if !matches!(kind, 'r' | 'p') {
+        return Ok(());
+    }
     if let Some(declared) = &named.key {
         table.key = declared.iter().map(Ident::new).collect();
         if declared.is_empty() || !catalog::is_key(session, table.oid, &table.key)? {
             problems.push(
-                Problem::new(&named.first, format!("no unique index makes ({}) a key", declared.join(", ")))
-                    .hint("A key is an immediate, non-partial unique index over NOT NULL columns."),
+                Problem::new(&named.first, format!("no unique index makes ({}) a key", declared.join(", "))).hint(
+                    "A key is exactly the columns of an immediate, non-partial unique index, and they are NOT NULL.",
+                ),
             );
         }
     } else if table.key.is_empty() {
-        problems.push(
-            Problem::new(&named.first, "has no primary key")
-                .hint("Add one, or name the columns of a unique index in \"key\"."),
-        );
+        problems.push(Problem::new(&named.first, "has no primary key").hint(format!(
+            "ALTER TABLE {} ADD PRIMARY KEY (...); or name the columns of a unique index in the mapping's \"key\".",
+            named.first
+        )));
     }
     Ok(())
 }
 
-fn expressions(session: &mut LocalSession, pair: &Pair, problems: &mut Vec<Problem>) -> Result<()> {
+fn expressions(session: &mut LocalSession, named: &NamedTable, pair: &Pair, problems: &mut Vec<Problem>) -> Result<()> {
     session.savepoint()?;
     session.batch(&search_path(&pair.first.rel))?;
-    let forward = pair.forward.iter().map(|rule| (rule, &pair.second, &pair.first, "forward"));
-    let backward = pair.backward.iter().map(|rule| (rule, &pair.first, &pair.second, "backward"));
-    for ((column, expression), target, source, direction) in forward.chain(backward) {
-        let object = format!("{direction}.{}", column.as_str());
+    let forward = pair.forward.iter().map(|rule| (rule, &pair.second, &pair.first, "forward", &named.forward));
+    let backward = pair.backward.iter().map(|rule| (rule, &pair.first, &pair.second, "backward", &named.backward));
+    for ((column, expression), target, source, direction, given) in forward.chain(backward) {
+        // One that the mapping leaves out is a column of the same name.
+        let object = if given.iter().any(|(name, _)| name == column.as_str()) {
+            format!("/tables/{}/{direction}{}", pair.index, pointer_token(column.as_str()))
+        } else {
+            format!("{}.{column}", target.rel)
+        };
         let Some(target) = target.column(column) else { continue };
-        let sql = format!("SELECT ({expression})::{} FROM {}", target.type_name, source.rel);
         session.savepoint()?;
-        match session.is_volatile(&sql) {
-            Ok(volatile) => {
+        let cast = format!("SELECT ({expression})::{} FROM {}", target.type_name, source.rel);
+        // By itself as well: what closes the parenthesis would be more than one expression.
+        let alone = format!("SELECT {expression} FROM {}", source.rel);
+        let found = session.objection(&cast).and_then(|objection| session.analyse(&alone).map(|()| objection));
+        match found {
+            Ok(objection) => {
                 session.release()?;
-                if volatile {
-                    problems.push(
-                        Problem::new(object, format!("the expression {expression} is volatile"))
-                            .hint("An expression must give the same value whenever it is evaluated."),
-                    );
-                }
+                problems.extend(
+                    objection.map(|o| {
+                        Problem::new(object, format!("the expression {expression} {}", o.message)).hint(o.hint)
+                    }),
+                );
             }
+            Err(e) if e.is_contention() => return Err(e),
             Err(Error::Server { error, .. }) => {
                 session.rollback_to()?;
-                problems
-                    .push(Problem::new(object, format!("the expression {expression} is not valid: {}", error.message)));
+                let problem =
+                    Problem::new(object, format!("the expression {expression} is not valid: {}", error.message));
+                problems.push(Problem { hint: error.hint, ..problem });
             }
             Err(e) => return Err(e),
         }
@@ -292,10 +389,15 @@ pub fn second_server<S: Session>(
         &[],
     )?;
     if version[0][0].as_deref() != Some("t") {
-        problems.push(Problem::new("second server", "is older than PostgreSQL 15"));
+        problems.push(
+            Problem::new("second server", "is older than PostgreSQL 15")
+                .hint("The second store needs PostgreSQL 15 or later."),
+        );
     }
     if version[0][1].as_deref() == Some("t") {
-        problems.push(Problem::new("second server", "is a standby"));
+        problems.push(
+            Problem::new("second server", "is a standby").hint("Let the foreign server's options lead to its primary."),
+        );
     }
     if version[0][2].as_deref() != Some("t") {
         // A text that it cannot hold could not even be parked there.
@@ -324,16 +426,30 @@ pub fn second_server<S: Session>(
             continue;
         }
         for (message, hint) in tree_problems(&found) {
+            let hint = if found.is_child { "An ordinary table that stands alone can be a target." } else { hint };
             problems.push(Problem::new(&object, message).hint(hint));
         }
         if found.persistence == 'u' {
-            problems.push(Problem::new(&object, "is UNLOGGED: its rows would not survive a crash"));
+            problems.push(
+                Problem::new(&object, "is UNLOGGED: its rows would not survive a crash")
+                    .hint(format!("There: ALTER TABLE {name} SET LOGGED;")),
+            );
         }
         for column in pair.second.columns.iter().filter(|c| !c.generated) {
             match found.table.column(&column.remote_name) {
-                None => problems.push(Problem::new(&object, format!("has no column {}", column.remote_name))),
+                None => {
+                    problems.push(Problem::new(&object, format!("has no column {}", column.remote_name)).hint(format!(
+                        "{} says that {} is one: add it there, or correct the foreign table.",
+                        pair.second.rel, column.name
+                    )))
+                }
                 Some(remote) if remote.generated => {
-                    problems.push(Problem::new(&object, format!("column {} is generated", column.remote_name)));
+                    problems.push(Problem::new(&object, format!("column {} is generated", column.remote_name)).hint(
+                        format!(
+                            "Its own server derives it: ALTER FOREIGN TABLE {} DROP COLUMN {};",
+                            pair.second.rel, column.name
+                        ),
+                    ));
                 }
                 Some(_) => {}
             }
@@ -343,17 +459,21 @@ pub fn second_server<S: Session>(
             if let (Some(a), Some(b)) = (pair.first.column(first), found.table.column(remote))
                 && !keys_agree(a, b)
             {
-                problems.push(Problem::new(
-                    &object,
-                    format!("key column {remote} has type {}, but {first} has type {}", b.type_name, a.type_name),
-                ));
+                problems.push(
+                    Problem::new(
+                        &object,
+                        format!("key column {remote} has type {}, but {first} has type {}", b.type_name, a.type_name),
+                    )
+                    .hint(format!("There: ALTER TABLE {name} ALTER COLUMN {remote} TYPE {};", a.type_name)),
+                );
             }
         }
-        if !catalog::is_key(session, found.table.oid, &key)? {
+        // Without one on the first server there is nothing to ask for.
+        if !key.is_empty() && !catalog::is_key(session, found.table.oid, &key)? {
             let columns: Vec<String> = key.iter().map(|k| k.to_string()).collect();
             problems.push(
                 Problem::new(&object, format!("no unique index makes ({}) a key", columns.join(", ")))
-                    .hint("Add a primary key over exactly these columns."),
+                    .hint(format!("There: ALTER TABLE {name} ADD PRIMARY KEY ({});", columns.join(", "))),
             );
         }
         let capture = session.query(
@@ -362,7 +482,10 @@ pub fn second_server<S: Session>(
             &[Some(&found.table.oid.to_string()), Some(&migration.tag)],
         )?;
         if capture[0][0].as_deref() != Some("0") {
-            problems.push(Problem::new(&object, "belongs to another migration"));
+            problems.push(
+                Problem::new(&object, "belongs to another migration")
+                    .hint("Perhaps one of another first server. A table is in one migration at a time."),
+            );
         }
         if migration.options.target == Target::Empty
             && session.query(&format!("SELECT EXISTS (SELECT FROM {name})"), &[])?[0][0].as_deref() == Some("t")

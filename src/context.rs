@@ -10,6 +10,7 @@ use crate::mapping::model::{Mapping, NamedTable};
 use crate::mapping::rule::Pair;
 use crate::mapping::sql::{Objects, StoreTable};
 use crate::mapping::table::Table;
+use crate::owner::Warning;
 use crate::state::Phase;
 use crate::store::local::LocalSession;
 use crate::store::postgres::{RemoteSession, Target};
@@ -28,6 +29,8 @@ pub struct Context {
     pub stubborn_second: Vec<usize>,
     /// Set-up has begun to install: its undoing has something to remove.
     pub installing: bool,
+    /// For whoever asked for the start.
+    pub warnings: Vec<Warning>,
     /// Nothing that has been replicated was lost before this connection was made ([`crate::divergence`]).
     pub verified: bool,
     /// How much a cycle in both directions takes at a time.
@@ -63,6 +66,7 @@ impl Context {
             remote: Vec::new(),
             stubborn_second: Vec::new(),
             installing: false,
+            warnings: Vec::new(),
             verified: false,
             appetite: Appetite::default(),
             constraints_at: None,
@@ -137,7 +141,10 @@ impl Context {
         session.begin(Isolation::ReadCommitted, &[])?;
         let options = catalog::connection_options(session, server, owner);
         session.rollback();
-        Ok(Target::new(options?, !self.migration.owner_is_superuser))
+        let options = options?;
+        // Which only a superuser can say, in the user mapping.
+        let excused = options.iter().any(|(name, value)| name == "password_required" && is_false(value));
+        Ok(Target::new(options, !self.migration.owner_is_superuser && !excused))
     }
 
     /// Connects to the second server if there is no connection, or a broken one.
@@ -226,6 +233,13 @@ impl Context {
     }
 }
 
+/// As PostgreSQL reads a boolean: any unique prefix counts.
+fn is_false(text: &str) -> bool {
+    let text = text.trim().to_ascii_lowercase();
+    matches!(text.as_str(), "0" | "of" | "off")
+        || !text.is_empty() && ("false".starts_with(&text) || "no".starts_with(&text))
+}
+
 /// The key of a pair by the columns' names on the second server.
 pub fn remote_key(pair: &Pair) -> Vec<crate::mapping::ident::Ident> {
     pair.key.iter().filter_map(|(_, b)| pair.second.column(b)).map(|c| c.remote_name.clone()).collect()
@@ -241,7 +255,11 @@ fn load_pairs(session: &mut LocalSession, migration: &Migration, named: &[NamedT
     let (mut pairs, mut tables) = (Vec::new(), Vec::new());
     for (i, (named, row)) in named.iter().zip(rows).enumerate() {
         let oid: u32 = crate::store::parse(row[0].as_deref().unwrap_or("0"))?;
-        let gone = |rel: &RelName| Error::internal(format!("table {rel} is gone"));
+        let gone = |rel: &RelName| Error::TableIsGone {
+            name: migration.name.clone(),
+            table: rel.to_string(),
+            taken_over: migration.taken_over,
+        };
         let first = catalog::describe_oid(session, oid)?.ok_or_else(|| gone(&named.first))?;
         let second = catalog::describe(session, &named.second)?.ok_or_else(|| gone(&named.second))?;
         tables.push((oid, first.table.rel.clone()));
@@ -253,7 +271,7 @@ fn load_pairs(session: &mut LocalSession, migration: &Migration, named: &[NamedT
         }
         pairs.push(
             Pair::compile(i, named, first, second.table)
-                .map_err(|problems| Error::Mapping { name: migration.name.clone(), problems })?,
+                .map_err(|problems| Error::Misfit { name: migration.name.clone(), problems })?,
         );
     }
     Ok((pairs, tables))

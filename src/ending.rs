@@ -32,7 +32,7 @@ pub fn finish(ctx: &mut Context, order: &Order, drop_first: bool) -> Result<()> 
             name: ctx.migration.name.clone(),
             action: "be finished",
             state: from,
-            hint: "A migration is finished from second: migration_set_state(name, 'second').",
+            hint: "A migration is finished from second.",
         });
     }
     if drop_first {
@@ -89,7 +89,7 @@ pub fn cancel(ctx: &mut Context, order: &Order) -> Result<()> {
             name: ctx.migration.name.clone(),
             action: "be cancelled",
             state: from,
-            hint: "A migration is cancelled from copying or first: go back with migration_set_state first.",
+            hint: "A migration is cancelled from copying or first.",
         });
     }
     end(ctx, order, State::Cancelled, |ctx| {
@@ -104,7 +104,7 @@ pub fn cancel(ctx: &mut Context, order: &Order) -> Result<()> {
 
 /// Undoes here what a start that failed has installed, and gives the tables' names back where it had taken them. Repeatable.
 pub fn undo_start(ctx: &mut Context, order: &Order) -> Result<()> {
-    in_attempts(ctx, order, |ctx| {
+    in_attempts(ctx, order, true, |ctx| {
         let takeover = ctx.migration.taken_over;
         lock_first(ctx, order.patience.attempt(), takeover, false, Some(pg_sys::AccessExclusiveLock))?;
         if takeover {
@@ -119,7 +119,7 @@ pub fn undo_start(ctx: &mut Context, order: &Order) -> Result<()> {
 
 /// One transaction here that ends the migration, under the locks of everything that it changes.
 fn end(ctx: &mut Context, order: &Order, to: State, work: impl Fn(&mut Context) -> Result<()>) -> Result<()> {
-    in_attempts(ctx, order, |ctx| {
+    in_attempts(ctx, order, true, |ctx| {
         let pause = Pause { began: Some(Instant::now()), drained: 0 };
         let second_shape = to == State::Cancelled;
         lock_first(ctx, order.patience.attempt(), true, second_shape, Some(pg_sys::AccessExclusiveLock))?;

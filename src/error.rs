@@ -43,15 +43,22 @@ pub struct Problem {
     pub object: String,
     pub message: String,
     pub hint: Option<String>,
+    /// It is a lack of privileges and nothing else.
+    pub privilege: bool,
 }
 
 impl Problem {
     pub fn new(object: impl fmt::Display, message: impl Into<String>) -> Self {
-        Problem { object: object.to_string(), message: message.into(), hint: None }
+        Problem { object: object.to_string(), message: message.into(), hint: None, privilege: false }
     }
 
     pub fn hint(mut self, hint: impl Into<String>) -> Self {
         self.hint = Some(hint.into());
+        self
+    }
+
+    pub fn privilege(mut self) -> Self {
+        self.privilege = true;
         self
     }
 }
@@ -61,6 +68,8 @@ impl Problem {
 pub struct InTheWay {
     /// One line each: pid, application, state, age of the transaction; or a prepared transaction.
     pub holders: Vec<String>,
+    /// Whoever called is among them, and will be as long as the call lasts.
+    pub is_caller: bool,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -72,17 +81,34 @@ pub enum Error {
     #[error("the second server did not answer in time")]
     RemoteTimeout,
     #[error("password is required to connect to the second server")]
-    PasswordRequired,
+    /// `unused`: there is one, and the second server did not ask for it.
+    PasswordRequired { unused: bool },
+    /// A worker runs as the owner of its migration.
+    #[error("{message}")]
+    OwnerCannotConnect { message: String, hint: String },
+    #[error("role with OID {oid}, which owns the migration, does not exist")]
+    OwnerIsGone { oid: u32 },
     #[error("migration \"{name}\" cannot go from {from} to {to}")]
     Transition { name: String, from: State, to: State },
     #[error("migration \"{name}\" cannot {action} in state {state}")]
     WrongState { name: String, action: &'static str, state: State, hint: &'static str },
+    #[error("table {table} of migration \"{name}\" does not exist any more")]
+    TableIsGone { name: String, table: String, taken_over: bool },
+    #[error("migration \"{name}\" is paused and cannot {action}")]
+    Paused { name: String, action: &'static str },
     #[error("migration \"{name}\" does not exist")]
     UnknownMigration { name: String },
     #[error("migration \"{name}\" already exists")]
     NameTaken { name: String },
     #[error("the mapping of migration \"{name}\" has {} problem{}", problems.len(), if problems.len() == 1 { "" } else { "s" })]
     Mapping { name: String, problems: Vec<Problem> },
+    #[error("the options of migration \"{name}\" have a problem")]
+    Options { name: String, problem: Problem },
+    /// Somebody has changed the tables of a migration that runs.
+    #[error("the tables of migration \"{name}\" do not fit its mapping any more")]
+    Misfit { name: String, problems: Vec<Problem> },
+    #[error("the name of the migration is too long")]
+    NameTooLong { bytes: usize },
     #[error("{message}")]
     BadArgument { message: String, hint: String },
     #[error("could not lock out the writers of migration \"{name}\" within {waited_ms} ms")]
@@ -126,7 +152,7 @@ pub enum Error {
     #[error("cannot execute {function}() in a read-only transaction")]
     ReadOnly { function: String },
     #[error("must be owner of migration \"{name}\"")]
-    NotOwner { name: String },
+    NotOwner { name: String, owner: String },
     /// A request that another backend carried out failed there.
     #[error("{message}")]
     Request { sqlstate: String, message: String, detail: Option<String>, hint: Option<String> },
@@ -153,15 +179,23 @@ impl Error {
             Error::Request { sqlstate, .. } => sqlstate.clone(),
             Error::RemoteConnection { .. } => "08001".into(),
             Error::RemoteTimeout => "08006".into(),
-            Error::PasswordRequired => "2F003".into(),
-            Error::Transition { .. } | Error::WrongState { .. } | Error::Parked { .. } => "55000".into(),
+            Error::PasswordRequired { .. } => "2F003".into(),
+            Error::OwnerCannotConnect { .. } => "28000".into(),
+            Error::OwnerIsGone { .. } => "42704".into(),
+            Error::TableIsGone { .. } => "42P01".into(),
+            Error::Transition { .. } | Error::WrongState { .. } | Error::Paused { .. } | Error::Parked { .. } => {
+                "55000".into()
+            }
             Error::Diverged { .. } | Error::Lost { .. } | Error::NotCaptured { .. } | Error::NotPreloaded => {
                 "55000".into()
             }
             Error::StillParked { .. } => "55000".into(),
             Error::UnknownMigration { .. } | Error::UnknownConflict { .. } => "42704".into(),
             Error::NameTaken { .. } => "42710".into(),
-            Error::Mapping { .. } | Error::BadArgument { .. } => "22023".into(),
+            Error::Mapping { problems, .. } if problems.iter().all(|p| p.privilege) => "42501".into(),
+            Error::Mapping { .. } | Error::Options { .. } | Error::BadArgument { .. } => "22023".into(),
+            Error::Misfit { .. } => "55000".into(),
+            Error::NameTooLong { .. } => "42622".into(),
             Error::LockTimeout { .. } | Error::LockNotAvailable | Error::CaptureChanged => "55P03".into(),
             Error::Timeout { .. } | Error::Backlog { .. } | Error::Withdrawn | Error::NotFiled => "57014".into(),
             Error::InRecovery | Error::ReadOnly { .. } => "25006".into(),
@@ -177,19 +211,21 @@ impl Error {
         match self {
             Error::Server { error, .. } => error.detail.clone(),
             Error::Request { detail, .. } => detail.clone(),
-            Error::Mapping { problems, .. } => Some(
-                problems
-                    .iter()
-                    .map(|p| match &p.hint {
-                        Some(hint) => format!("{}: {} ({hint})", p.object, p.message),
-                        None => format!("{}: {}", p.object, p.message),
-                    })
-                    .collect::<Vec<_>>()
-                    .join("\n"),
-            ),
+            // The only one has its hint as that of the error.
+            Error::Mapping { problems, .. } if problems.len() == 1 => Some(line(&problems[0], false)),
+            Error::Mapping { problems, .. } | Error::Misfit { problems, .. } => {
+                Some(problems.iter().map(|p| line(p, true)).collect::<Vec<_>>().join("\n"))
+            }
+            Error::Options { problem, .. } => Some(line(problem, false)),
+            Error::NameTooLong { bytes } => Some(format!("It has {bytes} bytes; a name can have {MOST_BYTES}.")),
+            Error::PasswordRequired { unused: true } => {
+                Some("The second server did not ask for the password of the user mapping.".into())
+            }
+            Error::PasswordRequired { unused: false } => Some("The user mapping has no password.".into()),
             Error::LockTimeout { in_the_way, .. } if !in_the_way.holders.is_empty() => {
                 Some(format!("In the way:\n{}", in_the_way.holders.join("\n")))
             }
+            Error::OwnerCannotConnect { .. } => Some("The worker of a migration runs as the migration's owner.".into()),
             Error::Timeout { detail, .. }
             | Error::Backlog { detail, .. }
             | Error::Diverged { detail, .. }
@@ -201,18 +237,42 @@ impl Error {
     }
 
     pub fn hint(&self) -> Option<String> {
+        let nothing = "Nothing was changed. Correct the mapping and call migration_start again.";
         let hint = match self {
-            Error::Server { error, .. } => return error.hint.clone(),
+            Error::Server { side: Side::First, error } => return error.hint.clone(),
+            Error::Server { side: Side::Second, error } => match &error.hint {
+                Some(hint) => format!("On the second server: {hint}"),
+                None => "That was on the second server, where the worker is the role of the user mapping.".into(),
+            },
             Error::Request { hint, .. } => return hint.clone(),
-            Error::BadArgument { hint, .. } => hint.clone(),
-            Error::WrongState { hint, .. } => (*hint).to_string(),
-            Error::Transition { from, .. } => from.allowed_hint(),
+            Error::BadArgument { hint, .. } | Error::OwnerCannotConnect { hint, .. } => hint.clone(),
+            Error::TableIsGone { name, taken_over, .. } => {
+                let name = name.replace('\'', "''");
+                if *taken_over {
+                    format!("SELECT migration_cancel('{name}', force => true) ends it. Its other tables and views keep the names that they have now.")
+                } else {
+                    format!("SELECT migration_cancel('{name}') ends it.")
+                }
+            }
+            Error::OwnerIsGone { .. } => {
+                "As a superuser, give the migration to the role that owns its tables now: UPDATE crossover.migration SET owner = 'new_owner'::regrole WHERE name = '...'; then call migration_wait.".into()
+            }
+            Error::WrongState { name, state, hint, .. } if hint.is_empty() => state.allowed_hint(&literal(name)),
+            Error::WrongState { name, state, hint, .. } => format!("{hint} {}", state.allowed_hint(&literal(name))),
+            Error::Transition { name, from, .. } => from.allowed_hint(&literal(name)),
+            Error::Paused { name, .. } => format!("SELECT migration_resume({});", literal(name)),
             Error::RemoteConnection { .. } | Error::RemoteTimeout => {
                 "Check that the second server runs, and the options of the foreign server and the user mapping.".into()
             }
-            Error::PasswordRequired => {
+            Error::PasswordRequired { .. } => {
                 "A migration owned by a role that is not a superuser needs a password in the user mapping, and a second server that asks for it.".into()
             }
+            Error::NameTooLong { .. } => "Choose a shorter one.".into(),
+            Error::Options { problem, .. } => problem.hint.clone().unwrap_or_else(|| {
+                "Nothing was changed. Correct the options and call migration_start again.".into()
+            }),
+            Error::Misfit { .. } => "Undo what was changed of the tables' columns.".into(),
+            Error::NotOwner { owner, .. } => format!("SET ROLE {owner};"),
             Error::UnknownMigration { .. } => "SELECT name, state FROM migration_status lists the migrations of this database.".into(),
             Error::UnknownConflict { .. } => {
                 "SELECT id, name, table_name, key, kind FROM migration_conflicts lists them.".into()
@@ -222,14 +282,22 @@ impl Error {
                     .into()
             }
             Error::NameTaken { .. } => "Choose another name, or end the other migration with migration_finish or migration_cancel.".into(),
-            Error::Mapping { .. } => "Nothing was changed. Correct the mapping and call migration_start again.".into(),
+            Error::Mapping { problems, .. } if problems.len() == 1 => {
+                problems[0].hint.clone().unwrap_or_else(|| nothing.into())
+            }
+            Error::Mapping { .. } => nothing.into(),
+            Error::LockTimeout { in_the_way: InTheWay { is_caller: true, .. }, .. } => {
+                "The state has not changed. Locks of the transaction that calls are in the way: commit it, and call outside of it.".into()
+            }
             Error::LockTimeout { .. } => {
                 "The state has not changed. Let the transactions above end, or call again with a longer timeout.".into()
             }
             Error::Timeout { .. } => "See migration_status and migration_progress; call again with a longer timeout.".into(),
-            Error::Backlog { .. } => "Wait with migration_wait, then call again.".into(),
+            Error::Backlog { name, .. } => {
+                format!("Wait, then call again: SELECT migration_wait({});", literal(name))
+            }
             Error::Parked { name, .. } => {
-                format!("SELECT * FROM migration_conflicts WHERE name = '{}' AND kind = 'parked' AND resolved_at IS NULL shows them.", name.replace('\'', "''"))
+                format!("SELECT * FROM migration_conflicts WHERE name = {} AND kind = 'parked' AND resolved_at IS NULL shows them.", literal(name))
             }
             Error::NotPreloaded => {
                 "Add pg_crossover to shared_preload_libraries in postgresql.conf and restart the server.".into()
@@ -239,7 +307,7 @@ impl Error {
             Error::NoWorkerSlot { .. } => {
                 "Raise max_worker_processes and restart the server, or wait until another background worker has ended.".into()
             }
-            Error::NotInstalled => "CREATE EXTENSION pg_crossover".into(),
+            Error::NotInstalled => "CREATE EXTENSION pg_crossover;".into(),
             Error::Version { is_older: true, .. } => "Run ALTER EXTENSION pg_crossover UPDATE in this database.".into(),
             Error::Version { objects, .. } => {
                 format!("Install the library of version {objects} and restart the server.")
@@ -248,9 +316,9 @@ impl Error {
                 "Call it in a transaction that is READ WRITE; see default_transaction_read_only for what new ones are.".into()
             }
             Error::Diverged { name, state, .. } => format!(
-                "No store is newly exposed until all rows have been {}: migration_set_state('{}', '{state}', force => true).",
+                "No store is newly exposed until all rows have been {}: migration_set_state({}, '{state}', force => true).",
                 if *state == State::Copying { "copied again" } else { "compared" },
-                name.replace('\'', "''")
+                literal(name)
             ),
             Error::NotCaptured { .. } => "Replication goes on when all changes are captured again.".into(),
             _ => return None,
@@ -284,11 +352,31 @@ impl Error {
         matches!(self, Error::Server { side: Side::First, .. }) && self.sqlstate() == "57014"
     }
 
+    /// Whoever asked keeps it from being done, for as long as they wait.
+    pub fn is_caller_in_the_way(&self) -> bool {
+        matches!(self, Error::LockTimeout { in_the_way: InTheWay { is_caller: true, .. }, .. })
+    }
+
     /// A client held the lock, or the replicator gave way to one.
     pub fn is_contention(&self) -> bool {
         matches!(self, Error::LockNotAvailable | Error::CaptureChanged)
             || matches!(self, Error::Server { .. }) && self.class_is(&["55P03", "40001", "40P01", "57014"])
     }
+}
+
+/// PostgreSQL's `NAMEDATALEN - 1`.
+const MOST_BYTES: usize = 63;
+
+fn line(problem: &Problem, with_hint: bool) -> String {
+    match &problem.hint {
+        Some(hint) if with_hint => format!("{}: {} ({hint})", problem.object, problem.message),
+        _ => format!("{}: {}", problem.object, problem.message),
+    }
+}
+
+/// A name as an SQL literal, for hints that can be pasted.
+fn literal(name: &str) -> String {
+    format!("'{}'", name.replace('\'', "''"))
 }
 
 /// Reports `error` as PostgreSQL does; never returns.

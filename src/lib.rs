@@ -21,6 +21,7 @@ mod fault;
 mod isolation;
 mod lock;
 mod mapping;
+mod owner;
 mod parked;
 mod peer;
 mod processes;

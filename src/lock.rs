@@ -94,11 +94,20 @@ pub fn wait_latch(timeout: Duration) {
     pgrx::check_for_interrupts!();
 }
 
-/// Who holds a lock on these relations that keeps a switch out, on the server that `session` speaks to. Reads only.
-pub fn in_the_way<S: Session>(session: &mut S, oids: &[u32], server: &str, caller_pid: i32) -> Result<InTheWay> {
+/// Who holds a lock on these relations that keeps a switch out, on the server that `session` speaks to: with `readers`, also those
+/// that have only read a table. Reads only. Not what they are doing: the text of a statement
+/// is not for other roles, and may hold a password.
+pub fn in_the_way<S: Session>(
+    session: &mut S,
+    oids: &[u32],
+    server: &str,
+    caller_pid: i32,
+    readers: bool,
+) -> Result<InTheWay> {
     if oids.is_empty() {
         return Ok(InTheWay::default());
     }
+    let caller = caller_pid.to_string();
     let oids = array_literal(oids.iter().map(u32::to_string));
     let trees = session.admin_query(
         "WITH RECURSIVE tree AS (SELECT unnest($1::text::oid[]) AS rel UNION SELECT h.inhrelid FROM tree JOIN pg_inherits h ON h.inhparent = tree.rel) \
@@ -107,27 +116,30 @@ pub fn in_the_way<S: Session>(session: &mut S, oids: &[u32], server: &str, calle
     )?;
     let oids = array_literal(trees.iter().filter_map(|r| r[0].as_deref()));
     let rows = session.admin_query(
-        "SELECT DISTINCT l.pid::text, a.application_name, a.usename::text, a.state, \
-                round(extract(epoch FROM clock_timestamp() - a.xact_start))::text, left(regexp_replace(a.query, '\\s+', ' ', 'g'), 60) \
+        "SELECT l.pid::text, a.application_name, a.usename::text, a.state, round(extract(epoch FROM clock_timestamp() - a.xact_start))::text, \
+                string_agg(DISTINCT l.mode || ' on ' || l.relation::regclass, ', ') \
            FROM pg_locks l JOIN pg_stat_activity a ON a.pid = l.pid \
           WHERE l.relation = ANY ($1::text::oid[]) AND l.granted AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database()) \
-            AND l.pid <> pg_backend_pid() AND l.mode <> 'AccessShareLock' OR l.relation = ANY ($1::text::oid[]) AND l.granted \
-            AND l.pid <> pg_backend_pid() AND l.mode = 'AccessShareLock' AND EXISTS (SELECT FROM pg_class c WHERE c.oid = l.relation AND c.relkind = 'v') \
-          ORDER BY 1",
-        &[Some(&oids)],
+            AND l.pid <> pg_backend_pid() \
+            AND (l.mode <> 'AccessShareLock' OR $2::text::boolean OR EXISTS (SELECT FROM pg_class c WHERE c.oid = l.relation AND c.relkind = 'v')) \
+          GROUP BY l.pid, a.application_name, a.usename, a.state, a.xact_start ORDER BY a.xact_start, l.pid",
+        &[Some(&oids), Some(if readers { "t" } else { "f" })],
     )?;
+    let is_caller = rows.iter().any(|r| r[0].as_deref() == Some(caller.as_str()));
     let mut holders: Vec<String> = rows
         .into_iter()
         .map(|r| {
             let field = |i: usize| r[i].as_deref().unwrap_or("");
-            let own = if field(0) == caller_pid.to_string() { " (the session that called)" } else { "" };
+            let own = if field(0) == caller { " (the session that called)" } else { "" };
+            // Of other roles' sessions the second server may tell nothing more.
+            let or_hidden = |i: usize| r[i].as_deref().unwrap_or("not shown");
             format!(
-                "pid {}{own} on the {server} server, application \"{}\", role {}, {}, transaction open for {} s: {}",
+                "pid {}{own} on the {server} server, application \"{}\", role {}, {}, transaction open for {} s, {}",
                 field(0),
-                field(1),
-                field(2),
-                field(3),
-                field(4),
+                or_hidden(1),
+                or_hidden(2),
+                or_hidden(3),
+                or_hidden(4),
                 field(5)
             )
         })
@@ -147,7 +159,7 @@ pub fn in_the_way<S: Session>(session: &mut S, oids: &[u32], server: &str, calle
             field(2)
         )
     }));
-    Ok(InTheWay { holders })
+    Ok(InTheWay { holders, is_caller })
 }
 
 /// The error for when the time is over.

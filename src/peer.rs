@@ -50,13 +50,13 @@ fn create<S: Session>(session: &mut S, schema: &Ident) -> Result<()> {
     }
 }
 
-/// Drops the schema if nothing is left in it. In the caller's transaction, which has removed what was its own, as its last step: it may wait
+/// Drops the schema if nothing is left in it and it is this role's. In the caller's transaction, which has removed what was its own, as its last step: it may wait
 /// for another migration that is being installed or removed.
 pub fn drop_if_empty<S: Session>(session: &mut S, schema: &Ident) -> Result<()> {
     session.query(&format!("SELECT pg_advisory_xact_lock({LOCK})"), &[])?;
     let empty = session.query(
         "SELECT FROM pg_namespace n WHERE n.nspname = $1::text AND NOT EXISTS (SELECT FROM pg_class c WHERE c.relnamespace = n.oid) \
-         AND NOT EXISTS (SELECT FROM pg_proc p WHERE p.pronamespace = n.oid)",
+         AND NOT EXISTS (SELECT FROM pg_proc p WHERE p.pronamespace = n.oid) AND pg_has_role(n.nspowner, 'USAGE')",
         &[Some(schema.as_str())],
     )?;
     if empty.is_empty() { Ok(()) } else { session.batch(&format!("DROP SCHEMA {schema}")) }

@@ -28,7 +28,7 @@ pub fn drop_capture(ctx: &mut Context, order: &Order) -> Result<()> {
     if !from.allows(State::Copying, By::SetState) && from != State::Copying {
         return Err(Error::Transition { name: ctx.migration.name.clone(), from, to: State::Copying });
     }
-    in_attempts(ctx, order, |ctx| {
+    in_attempts(ctx, order, false, |ctx| {
         lock_first(ctx, order.patience.attempt(), false, false, Some(pg_sys::ShareRowExclusiveLock))?;
         let first = &mut ctx.first;
         first.enable_capture(false)?;
@@ -61,7 +61,7 @@ pub fn begin(ctx: &mut Context) -> Result<bool> {
     empty_second(ctx)?;
     fault::point("resync:emptied")?;
     let order = Order::by_worker(ctx, LOCK_PATIENCE);
-    in_attempts(ctx, &order, |ctx| {
+    in_attempts(ctx, &order, false, |ctx| {
         lock_first(ctx, order.patience.attempt(), false, false, Some(pg_sys::ShareRowExclusiveLock))?;
         ctx.first.enable_capture(true)?;
         forget_progress(ctx)?;

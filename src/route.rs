@@ -1,7 +1,8 @@
 //! Where a statement on a managed view goes.
 //!
 //! UPDATE and DELETE on a managed view that writes through INSTEAD OF triggers run over its write twin: the same view, ending
-//! in FOR UPDATE, so that what the statement computes it computes from the current, locked row. The twin is found by its
+//! in FOR UPDATE, so that what the statement computes it computes from the current, locked row. Privileges stay those on the managed view:
+//! it remains in the range table for the sake of their check, and nobody needs any on the twin. The twin is found by its
 //! reserved name in the view's own schema; it must belong to the same owner, have the same columns and call the same trigger
 //! function, or somebody who may create views could catch other people's writes, or worse. No catalog of ours is read, and a
 //! statement that is not an UPDATE or DELETE on a view costs one comparison.
@@ -82,14 +83,25 @@ unsafe fn redirect_target(query: *mut pg_sys::Query) {
         }
         let Some(twin) = write_twin((*entry).relid) else { return };
         pg_sys::LockRelationOid(twin, (*entry).rellockmode);
-        #[cfg(any(feature = "pg16", feature = "pg17", feature = "pg18"))]
+        // An entry that nothing refers to is checked, and otherwise ignored, as PostgreSQL's own rewriter has it.
+        let checked = pg_sys::copyObjectImpl(entry.cast());
+        #[cfg(feature = "pg15")]
+        {
+            (*entry).requiredPerms = 0;
+        }
+        #[cfg(not(feature = "pg15"))]
         {
             let infos = pgrx::PgList::<pg_sys::RTEPermissionInfo>::from_pg((*query).rteperminfos);
-            if let Some(info) = ((*entry).perminfoindex as usize).checked_sub(1).and_then(|i| infos.get_ptr(i)) {
-                (*info).relid = twin;
-            }
+            let index = ((*entry).perminfoindex as usize).checked_sub(1);
+            let Some(info) = index.and_then(|i| infos.get_ptr(i)) else { return };
+            let unchecked = pg_sys::copyObjectImpl(info.cast()).cast::<pg_sys::RTEPermissionInfo>();
+            (*unchecked).relid = twin;
+            (*unchecked).requiredPerms = 0;
+            (*query).rteperminfos = pg_sys::lappend((*query).rteperminfos, unchecked.cast());
+            (*entry).perminfoindex = (*(*query).rteperminfos).length as pg_sys::Index;
         }
         (*entry).relid = twin;
+        (*query).rtable = pg_sys::lappend((*query).rtable, checked);
     }
 }
 

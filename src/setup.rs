@@ -2,19 +2,21 @@
 //!
 //! Every step can be repeated: after a crash set-up begins anew with what is left of the last try removed.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::catalog::{self, Move};
-use crate::check;
+use crate::check::{self, Checked};
 use crate::context::Context;
 use crate::error::{Error, Problem, Result};
 use crate::fault;
 use crate::lock::{self, Patience};
 use crate::mapping::model::Target;
+use crate::mapping::text::array_literal;
+use crate::owner;
 use crate::peer;
 use crate::settings;
 use crate::state::Phase;
-use crate::store::{Isolation, Session, Store, Watermark};
+use crate::store::{Isolation, Session, Store, Watermark, parse};
 use crate::views;
 
 /// Checks everything, installs replication on both servers, and leaves the migration in phase `copying`.
@@ -23,7 +25,9 @@ use crate::views;
 /// `Error::Mapping` with all that is wrong; `Error::LockTimeout` when the first tables' writers could not be waited for.
 /// The caller removes what was installed.
 pub fn run(ctx: &mut Context, patience: Patience, who: &str, caller_pid: i32) -> Result<()> {
-    check_all(ctx)?;
+    check_all(ctx, patience, caller_pid)?;
+    let warning = owner::warning_on_second(&mut ctx.stores()?.1.session)?;
+    ctx.warnings.extend(warning);
     ctx.installing = true;
     remove_second(ctx, true)?;
     remove_first(ctx)?;
@@ -36,17 +40,59 @@ pub fn run(ctx: &mut Context, patience: Patience, who: &str, caller_pid: i32) ->
     fault::point("start:ready")
 }
 
-fn check_all(ctx: &mut Context) -> Result<()> {
-    let problems = describe(ctx)?;
+fn check_all(ctx: &mut Context, patience: Patience, caller_pid: i32) -> Result<()> {
+    let problems = loop {
+        match describe(ctx, patience) {
+            // Even a look at the tables waits for whoever has locked them altogether.
+            Err(e) if e.is_contention() => {
+                let error = locked_out(ctx, patience, caller_pid)?;
+                if patience.is_over() || error.is_caller_in_the_way() {
+                    return Err(error);
+                }
+                patience.pause()?;
+            }
+            result => break result?,
+        }
+    };
     if problems.is_empty() { Ok(()) } else { Err(Error::Mapping { name: ctx.migration.name.clone(), problems }) }
 }
 
+/// The error for tables that cannot be looked at, with who has locked them.
+fn locked_out(ctx: &mut Context, patience: Patience, caller_pid: i32) -> Result<Error> {
+    ctx.rollback_all();
+    let names = array_literal(ctx.named_tables()?.iter().flat_map(|n| [n.first.to_string(), n.second.to_string()]));
+    let session = &mut ctx.first.session;
+    session.begin(Isolation::ReadCommitted, &[])?;
+    let found = session
+        .query(
+            "SELECT to_regclass(n)::oid::int8 FROM unnest($1::text[]) AS n WHERE to_regclass(n) IS NOT NULL",
+            &[Some(&names)],
+        )
+        .and_then(|rows| rows.iter().map(|r| parse(r[0].as_deref().unwrap_or(""))).collect::<Result<Vec<u32>>>())
+        .and_then(|oids| lock::in_the_way(session, &oids, "first", caller_pid, false));
+    session.rollback();
+    Ok(lock::timed_out(&ctx.migration.name, &patience, found?))
+}
+
 /// Describes the tables of both servers, compiles the rules, and says what is wrong. Only where nothing is are the tables set.
-pub fn describe(ctx: &mut Context) -> Result<Vec<Problem>> {
+///
+/// # Errors
+/// Those of the connection; contention when a table is locked for as long as one attempt may last.
+pub fn describe(ctx: &mut Context, patience: Patience) -> Result<Vec<Problem>> {
     let named = ctx.named_tables()?;
     let session = &mut ctx.first.session;
     session.begin(Isolation::ReadCommitted, &[])?;
-    let checked = check::first_server(session, &ctx.migration, &named);
+    let checked = session
+        .set_lock_timeout(patience.attempt().saturating_duration_since(Instant::now()).max(Duration::from_millis(1)))
+        .and_then(|()| owner::on_first(session, &ctx.migration, &named))
+        .and_then(|lacking| {
+            // Without its schema a table cannot even be looked at.
+            if lacking.is_empty() {
+                check::first_server(session, &ctx.migration, &named)
+            } else {
+                Ok((Checked::default(), lacking))
+            }
+        });
     session.rollback();
     let (checked, mut problems) = checked?;
     ctx.migration.server_id = checked.server_id;
@@ -56,7 +102,16 @@ pub fn describe(ctx: &mut Context) -> Result<Vec<Problem>> {
     match ctx.connect() {
         Ok(()) => {
             let second = ctx.second.as_mut().ok_or_else(|| Error::internal("not connected"))?;
+            second.session.set_deadline(Some(patience.deadline));
+            let there: Vec<_> = checked.pairs.iter().map(|p| &p.second.remote).collect();
+            let lacking = owner::on_second(&mut second.session, second.objects.schema(), &there)?;
+            if !lacking.is_empty() {
+                problems.extend(lacking);
+                second.session.set_deadline(None);
+                return Ok(problems);
+            }
             let (tables, found) = check::second_server(&mut second.session, &ctx.migration, &checked.pairs)?;
+            second.session.set_deadline(None);
             problems.extend(found);
             if checked.pairs.len() == named.len() && tables.len() == named.len() {
                 ctx.set_tables(checked.pairs, checked.first_tables, tables);
@@ -72,7 +127,7 @@ pub fn describe(ctx: &mut Context) -> Result<Vec<Problem>> {
 pub fn install_second(ctx: &mut Context, truncate: bool, fence: bool) -> Result<()> {
     let (_, second) = ctx.stores()?;
     let objects = second.objects.clone();
-    second.session.set_deadline(Some(Instant::now() + std::time::Duration::from_secs(30)));
+    second.session.set_deadline(Some(Instant::now() + Duration::from_secs(30)));
     peer::begin_in_schema(&mut second.session, objects.schema())?;
     second.session.batch(&objects.install(settings::log_rotation()))?;
     second.install_capture()?;
@@ -103,11 +158,12 @@ fn install_first(ctx: &mut Context, patience: Patience, who: &str, caller_pid: i
                 ctx.first.session.rollback();
                 ctx.migration = before.0;
                 ctx.rename_first(before.1.into_iter().map(|(_, rel)| rel).collect());
-                if patience.is_over() {
-                    ctx.first.session.begin(Isolation::ReadCommitted, &[])?;
-                    let holders = lock::in_the_way(&mut ctx.first.session, &oids, "first", caller_pid);
-                    ctx.first.session.rollback();
-                    return Err(lock::timed_out(&ctx.migration.name, &patience, holders?));
+                ctx.first.session.begin(Isolation::ReadCommitted, &[])?;
+                let holders = lock::in_the_way(&mut ctx.first.session, &oids, "first", caller_pid, takeover);
+                ctx.first.session.rollback();
+                let error = lock::timed_out(&ctx.migration.name, &patience, holders?);
+                if patience.is_over() || error.is_caller_in_the_way() {
+                    return Err(error);
                 }
                 patience.pause()?;
             }
@@ -228,7 +284,8 @@ pub fn remove_first(ctx: &mut Context) -> Result<()> {
 
 /// Removes triggers, logs and rule views here, in the caller's transaction.
 pub fn remove_first_locked(ctx: &mut Context) -> Result<()> {
-    let tables = ctx.pairs.len();
+    // The mapping's: of tables that were dropped, rule views may be left.
+    let tables = ctx.named_tables()?.len();
     let Context { first, migration, .. } = ctx;
     for sql in first.drop_triggers()? {
         first.session.admin_batch(&sql)?;

@@ -72,26 +72,23 @@ impl State {
         matches!(self, Both | Second)
     }
 
-    /// What the operator may do from here, as a hint.
-    pub fn allowed_hint(self) -> String {
+    /// What the operator may do from here, as a hint. `name`: the migration's, as an SQL literal.
+    pub fn allowed_hint(self, name: &str) -> String {
+        if self.has_ended() {
+            return format!("A migration that is {self} has ended; migration_start begins another one.");
+        }
         let moves: Vec<String> = TRANSITIONS
             .iter()
-            .filter(|(from, _, by)| *from == self && *by != By::Itself)
-            .map(|(_, to, by)| match by {
-                By::SetState => format!("migration_set_state(name, '{to}')"),
-                By::Finish => "migration_finish(name)".to_string(),
-                By::Cancel => "migration_cancel(name)".to_string(),
-                By::Itself => unreachable!("filtered above"),
+            .filter_map(|(from, to, by)| match by {
+                _ if *from != self => None,
+                By::Itself => None,
+                By::SetState => Some(format!("SELECT migration_set_state({name}, '{to}');")),
+                By::Finish => Some(format!("SELECT migration_finish({name});")),
+                By::Cancel => Some(format!("SELECT migration_cancel({name});")),
             })
             .collect();
-        match (self, moves.is_empty()) {
-            (_, true) => format!("A migration that is {self} has ended."),
-            (Copying, false) => format!(
-                "From {self} it goes to first by itself when the copy is complete; allowed: {}.",
-                moves.join(", ")
-            ),
-            _ => format!("From {self} these are allowed: {}.", moves.join(", ")),
-        }
+        let by_itself = if self == Copying { "it goes to first by itself when the copy is complete, and " } else { "" };
+        format!("From {self} {by_itself}these are allowed: {}", moves.join(" "))
     }
 }
 
@@ -200,8 +197,17 @@ mod tests {
 
     #[test]
     fn hints_name_the_allowed_moves() {
-        assert!(Both.allowed_hint().contains("'first'") && Both.allowed_hint().contains("'second'"));
-        assert!(!First.allowed_hint().contains("'second'"));
-        assert!(Second.allowed_hint().contains("migration_finish"));
+        let hint = |state: State| state.allowed_hint("'a'");
+        for (from, to, by) in TRANSITIONS {
+            let call = match by {
+                By::Itself => "by itself".to_string(),
+                By::SetState => format!("SELECT migration_set_state('a', '{to}');"),
+                By::Finish => "SELECT migration_finish('a');".into(),
+                By::Cancel => "SELECT migration_cancel('a');".into(),
+            };
+            assert!(hint(*from).contains(&call), "{}", hint(*from));
+        }
+        assert!(!hint(First).contains("'second'"));
+        assert!(hint(Finished).contains("has ended"));
     }
 }

@@ -134,8 +134,8 @@ fn attempts(ctx: &mut Context, order: &Order, to: State) -> Result<()> {
         if !e.is_contention() && !matches!(e, Error::RemoteTimeout) {
             return Err(divergence::met(ctx, e));
         }
-        let error = blocked(ctx, order, to)?;
-        if order.patience.is_over() {
+        let error = blocked(ctx, order, to, false)?;
+        if order.patience.is_over() || error.is_caller_in_the_way() {
             return Err(error);
         }
         show_waiting(ctx, error.detail().as_deref())?;
@@ -169,13 +169,13 @@ fn attempt(ctx: &mut Context, order: &Order, to: State) -> Result<()> {
 }
 
 /// The error that names who is in the way.
-fn blocked(ctx: &mut Context, order: &Order, to: State) -> Result<Error> {
+fn blocked(ctx: &mut Context, order: &Order, to: State, readers: bool) -> Result<Error> {
     let name = ctx.migration.name.clone();
     let mut oids: Vec<u32> = ctx.first_tables.iter().map(|(oid, _)| *oid).collect();
     ctx.first.session.begin(Isolation::ReadCommitted, &[])?;
     let found = (|| {
         oids.extend(views::view_oids(ctx, true, true)?);
-        lock::in_the_way(&mut ctx.first.session, &oids, "first", order.caller_pid)
+        lock::in_the_way(&mut ctx.first.session, &oids, "first", order.caller_pid, readers)
     })();
     ctx.first.session.rollback();
     let mut all = found?;
@@ -187,7 +187,7 @@ fn blocked(ctx: &mut Context, order: &Order, to: State) -> Result<Error> {
         let rows =
             second.session.query("SELECT n::regclass::oid::int8 FROM unnest($1::text[]) AS n", &[Some(&names)])?;
         let oids: Vec<u32> = rows.iter().filter_map(|r| r[0].as_deref()?.parse().ok()).collect();
-        let InTheWay { holders } = lock::in_the_way(&mut second.session, &oids, "second", 0)?;
+        let InTheWay { holders, .. } = lock::in_the_way(&mut second.session, &oids, "second", 0, false)?;
         all.holders.extend(holders);
     }
     Ok(lock::timed_out(&name, &order.patience, all))
@@ -476,7 +476,7 @@ fn lower_fence(ctx: &mut Context, order: &Order) -> Result<()> {
             Ok(()) => return fault::point("switch:second-committed"),
             Err(e) if e.is_contention() => {
                 ctx.rollback_all();
-                let error = blocked(ctx, order, State::Both)?;
+                let error = blocked(ctx, order, State::Both, false)?;
                 if order.patience.is_over() {
                     return Err(error);
                 }
@@ -490,9 +490,9 @@ fn lower_fence(ctx: &mut Context, order: &Order) -> Result<()> {
 }
 
 fn show_second(ctx: &mut Context, order: &Order) -> Result<()> {
-    in_attempts(ctx, order, |ctx| {
+    let taken_over = ctx.migration.taken_over;
+    in_attempts(ctx, order, !taken_over, |ctx| {
         let pause = Pause { began: Some(Instant::now()), drained: 0 };
-        let taken_over = ctx.migration.taken_over;
         let tables = (!taken_over).then_some(pg_sys::AccessExclusiveLock);
         lock_first(ctx, order.patience.attempt(), false, true, tables)?;
         fault::point("switch:locked")?;
@@ -507,7 +507,12 @@ fn show_second(ctx: &mut Context, order: &Order) -> Result<()> {
 }
 
 /// Tries one transaction of the first store, which takes its own locks, until it works or the time is over.
-pub fn in_attempts(ctx: &mut Context, order: &Order, work: impl Fn(&mut Context) -> Result<()>) -> Result<()> {
+pub fn in_attempts(
+    ctx: &mut Context,
+    order: &Order,
+    readers: bool,
+    work: impl Fn(&mut Context) -> Result<()>,
+) -> Result<()> {
     let before = (ctx.migration.clone(), ctx.first_tables.clone());
     loop {
         let Err(e) = work(ctx) else { return Ok(()) };
@@ -517,8 +522,8 @@ pub fn in_attempts(ctx: &mut Context, order: &Order, work: impl Fn(&mut Context)
         if !e.is_contention() {
             return Err(e);
         }
-        let error = blocked(ctx, order, State::Second)?;
-        if order.patience.is_over() {
+        let error = blocked(ctx, order, State::Second, readers)?;
+        if order.patience.is_over() || error.is_caller_in_the_way() {
             return Err(error);
         }
         show_waiting(ctx, error.detail().as_deref())?;

@@ -3,12 +3,15 @@
 //! All of it is DDL in the transaction of the switch (or set-up, or cancel) that calls it, which holds ACCESS EXCLUSIVE on
 //! what is replaced here. It runs as the migration's owner.
 
+use std::collections::BTreeSet;
+
 use crate::catalog::Migration;
 use crate::check::search_path;
 use crate::context::Context;
 use crate::error::{Error, Result};
 use crate::mapping::ident::{Ident, RelName, quote_literal};
 use crate::mapping::rule::Pair;
+use crate::mapping::text::array_literal;
 use crate::mapping::view::{self, Grant, Managed};
 use crate::store::local::LocalSession;
 use crate::store::{Session, parse};
@@ -21,11 +24,7 @@ pub fn take_over(ctx: &mut Context) -> Result<()> {
         let managed = Managed::new(pair);
         session.batch(&search_path(&pair.first.rel))?;
         let grants = grants_of(session, *oid)?;
-        let saved = serde_json::to_string(&grants).map_err(|e| Error::internal(e.to_string()))?;
-        session.admin_execute(
-            "UPDATE crossover.migrated_table SET grants = $3::text WHERE migration_id = $1::text::int AND index = $2::text::int",
-            &[Some(&migration.id.to_string()), Some(&pair.index.to_string()), Some(&saved)],
-        )?;
+        save_grants(session, migration, pair, "grants", grants.as_deref())?;
         let owner = owner_of(session, *oid)?;
         let mut sql = format!("ALTER TABLE {} RENAME TO {};\n", managed.view, managed.first.name);
         if let Some(grants) = &grants {
@@ -47,13 +46,21 @@ pub fn take_over(ctx: &mut Context) -> Result<()> {
     Ok(())
 }
 
-/// Gives the tables their names back and drops the views.
+/// Gives the tables their names back and drops the views. Grants that were changed on a view meanwhile move with the name; where none was, the
+/// table gets its own again, in their old order.
 pub fn give_back(ctx: &mut Context) -> Result<()> {
-    let grants = saved_grants(ctx)?;
+    let grants = saved_grants(ctx, "grants")?;
     let Context { migration, pairs, first, .. } = ctx;
     let session = &mut first.session;
-    for (pair, grants) in pairs.iter().zip(&grants) {
+    for (pair, before) in pairs.iter().zip(grants) {
         let managed = Managed::new(pair);
+        let owner = oid_of(session, &managed.view).and_then(|oid| owner_of(session, oid))?;
+        let now = oid_of(session, &managed.view).and_then(|oid| grants_of(session, oid))?.unwrap_or_default();
+        let unchanged = match &before {
+            Some(before) => before.iter().collect::<BTreeSet<_>>() == now.iter().collect(),
+            None => now.iter().all(|g| g.column.is_none() && g.grantee.as_deref() == Some(owner.as_str())),
+        };
+        let grants = if unchanged { before } else { Some(now) };
         session.batch(&format!(
             "{}DROP VIEW {};\nALTER TABLE {} RENAME TO {};\n",
             view::drop_triggers(&managed),
@@ -62,10 +69,7 @@ pub fn give_back(ctx: &mut Context) -> Result<()> {
             managed.view.name
         ))?;
         if let Some(grants) = grants {
-            let oid = oid_of(session, &managed.view)?;
-            let held = grants_of(session, oid)?.unwrap_or_default();
-            let owner = owner_of(session, oid)?;
-            session.batch(&view::set_grants(&managed.view, &owner, Some(grants), &held))?;
+            grant_like(session, &managed.view, Some(&grants))?;
         }
     }
     take_foreign_tables_back(session, migration)?;
@@ -92,11 +96,13 @@ pub fn point_at_first(ctx: &mut Context) -> Result<()> {
 
 /// Points the managed views at the second store, through the backward rules.
 pub fn point_at_second(ctx: &mut Context) -> Result<()> {
-    let grants = saved_grants(ctx)?;
-    let Context { pairs, first, .. } = ctx;
+    let Context { migration, pairs, first, .. } = ctx;
     let session = &mut first.session;
-    for (pair, grants) in pairs.iter().zip(&grants) {
+    for pair in pairs.iter() {
         let managed = Managed::new(pair);
+        let owner = oid_of(session, &managed.view).and_then(|oid| owner_of(session, oid))?;
+        // Somebody may have taken it away meanwhile: better no switch than one to a view that nobody can read.
+        lend_foreign_table(session, migration, pair, &owner)?;
         session.batch(&search_path(&pair.first.rel))?;
         session.batch(&format!("CREATE OR REPLACE VIEW {} AS {};\n", managed.view, view::over_second(pair)))?;
         if view::needs_triggers(pair) {
@@ -104,21 +110,22 @@ pub fn point_at_second(ctx: &mut Context) -> Result<()> {
             session.batch(&view::create_triggers(pair, &managed))?;
             own_like(session, &managed.write, &managed.view)?;
             // Its expressions are looked up in the table's schema, so it must not have more rights than the table's owner.
-            let owner = oid_of(session, &managed.view).and_then(|oid| owner_of(session, oid))?;
             session.batch(&format!("ALTER FUNCTION {}() OWNER TO {owner}", managed.write))?;
-            grant_like(session, &managed.write, grants.as_deref())?;
+            grant_like(session, &managed.write, None)?;
         }
     }
     session.batch("SET LOCAL search_path = pg_catalog, pg_temp")
 }
 
-/// Exposes the views of the second shape: makes them, or grants them again.
+/// Exposes the views of the second shape: makes them with the managed views' grants, or grants again what was granted on them.
 pub fn expose_second_shape(ctx: &mut Context) -> Result<()> {
-    let grants = saved_grants(ctx)?;
-    let Context { pairs, first, .. } = ctx;
+    let before = saved_grants(ctx, "second_grants")?;
+    let Context { migration, pairs, first, .. } = ctx;
     let session = &mut first.session;
-    for (pair, grants) in pairs.iter().zip(&grants) {
+    for (pair, before) in pairs.iter().zip(before) {
         let Some(name) = &pair.second_view else { continue };
+        let owner = oid_of(session, &pair.first.rel).and_then(|oid| owner_of(session, oid))?;
+        lend_foreign_table(session, migration, pair, &owner)?;
         if crate::catalog::describe(session, name)?.is_none() {
             session.batch(&format!(
                 "CREATE VIEW {name} AS {};\n{}",
@@ -127,20 +134,28 @@ pub fn expose_second_shape(ctx: &mut Context) -> Result<()> {
             ))?;
             own_like(session, name, &pair.first.rel)?;
         }
-        // Privileges on single columns of the first shape say nothing about the second one's.
-        let tables: Option<Vec<Grant>> =
-            grants.as_ref().map(|g| g.iter().filter(|g| g.column.is_none()).cloned().collect());
-        grant_like(session, name, tables.as_deref())?;
+        let grants = match before {
+            Some(before) => to_present_roles(session, before)?,
+            None => {
+                let managed = oid_of(session, &pair.first.rel).and_then(|oid| grants_of(session, oid))?;
+                // Privileges on single columns of the first shape say nothing about the second one's.
+                managed.unwrap_or_default().into_iter().filter(|g| g.column.is_none()).collect()
+            }
+        };
+        grant_like(session, name, Some(&grants))?;
     }
     Ok(())
 }
 
 /// Takes the views of the second shape out of reach of the application roles.
 pub fn hide_second_shape(ctx: &mut Context) -> Result<()> {
-    let Context { pairs, first, .. } = ctx;
+    let Context { migration, pairs, first, .. } = ctx;
     let session = &mut first.session;
-    for name in pairs.iter().filter_map(|p| p.second_view.as_ref()) {
+    for pair in pairs.iter() {
+        let Some(name) = &pair.second_view else { continue };
         if crate::catalog::describe(session, name)?.is_some() {
+            let grants = oid_of(session, name).and_then(|oid| grants_of(session, oid))?;
+            save_grants(session, migration, pair, "second_grants", grants.as_deref())?;
             grant_like(session, name, None)?;
         }
     }
@@ -169,7 +184,7 @@ pub fn view_oids(ctx: &mut Context, managed: bool, second_shape: bool) -> Result
             names.extend(pair.second_view.clone());
         }
     }
-    let names = crate::mapping::text::array_literal(names.iter().map(RelName::to_string));
+    let names = array_literal(names.iter().map(RelName::to_string));
     let rows = ctx.first.session.query(
         "SELECT to_regclass(n)::oid::int8 FROM unnest($1::text[]) WITH ORDINALITY AS u(n, i) WHERE to_regclass(n) IS NOT NULL ORDER BY i",
         &[Some(&names)],
@@ -177,14 +192,39 @@ pub fn view_oids(ctx: &mut Context, managed: bool, second_shape: bool) -> Result
     rows.iter().filter_map(|r| r[0].as_deref()).map(parse).collect()
 }
 
-fn saved_grants(ctx: &mut Context) -> Result<Vec<Option<Vec<Grant>>>> {
+/// Of each table, what [`save_grants`] kept in a column of `crossover.migrated_table`.
+fn saved_grants(ctx: &mut Context, column: &str) -> Result<Vec<Option<Vec<Grant>>>> {
     let rows = ctx.first.session.admin_query(
-        "SELECT coalesce(grants, 'null') FROM crossover.migrated_table WHERE migration_id = $1::text::int ORDER BY index",
+        &format!("SELECT coalesce({column}, 'null') FROM crossover.migrated_table WHERE migration_id = $1::text::int ORDER BY index"),
         &[Some(&ctx.migration.id.to_string())],
     )?;
     rows.iter()
         .map(|r| serde_json::from_str(r[0].as_deref().unwrap_or("null")).map_err(|e| Error::internal(e.to_string())))
         .collect()
+}
+
+fn save_grants(
+    session: &mut LocalSession,
+    migration: &Migration,
+    pair: &Pair,
+    column: &str,
+    grants: Option<&[Grant]>,
+) -> Result<()> {
+    let saved = serde_json::to_string(&grants).map_err(|e| Error::internal(e.to_string()))?;
+    session
+        .admin_execute(
+            &format!("UPDATE crossover.migrated_table SET {column} = $3::text WHERE migration_id = $1::text::int AND index = $2::text::int"),
+            &[Some(&migration.id.to_string()), Some(&pair.index.to_string()), Some(&saved)],
+        )
+        .map(drop)
+}
+
+/// Without those to roles that have been dropped since.
+fn to_present_roles(session: &mut LocalSession, grants: Vec<Grant>) -> Result<Vec<Grant>> {
+    let names = array_literal(grants.iter().filter_map(|g| g.grantee.as_deref()));
+    let rows = session.query("SELECT rolname::text FROM pg_roles WHERE rolname = ANY ($1::text[])", &[Some(&names)])?;
+    let present: BTreeSet<String> = rows.into_iter().filter_map(|mut r| r.pop().flatten()).collect();
+    Ok(grants.into_iter().filter(|g| g.grantee.as_ref().is_none_or(|name| present.contains(name))).collect())
 }
 
 fn oid_of(session: &mut LocalSession, rel: &RelName) -> Result<u32> {
@@ -255,7 +295,7 @@ fn lend_foreign_table(session: &mut LocalSession, migration: &Migration, pair: &
     }
     session
         .admin_execute(
-            "UPDATE crossover.migrated_table SET take_back = $3::text WHERE migration_id = $1::text::int AND index = $2::text::int",
+            "UPDATE crossover.migrated_table SET take_back = concat(take_back, $3::text) WHERE migration_id = $1::text::int AND index = $2::text::int",
             &[Some(&migration.id.to_string()), Some(&pair.index.to_string()), Some(&take_back)],
         )
         .map(drop)
@@ -323,6 +363,8 @@ pub fn create_rule_views(
         ] {
             let name = objects.rule_view(direction, pair.index);
             session.batch(&crate::mapping::sql::create_rule_view(&name, rules, target, source))?;
+            // Default privileges would show a store that is not exposed.
+            grant_like(session, &name, None)?;
             session.batch(&format!(
                 "COMMENT ON VIEW {name} IS {}",
                 quote_literal(&format!("migration {}: the {direction} rule of {}", migration.name, pair.first.rel))

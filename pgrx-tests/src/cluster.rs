@@ -220,6 +220,15 @@ impl Cluster {
         text.lines().next()?.trim().parse().ok().filter(|pid| process::is_alive(*pid))
     }
 
+    /// Has the server ask these roles for a password; all others it trusts.
+    pub fn demand_password(&self, roles: &[&str]) {
+        let path = self.data.join("pg_hba.conf");
+        let before = fs::read_to_string(&path).expect("pg_hba.conf");
+        fs::write(&path, format!("host all {} 127.0.0.1/32 scram-sha-256\n{before}", roles.join(",")))
+            .expect("pg_hba.conf");
+        self.reload();
+    }
+
     /// How applications of the tests connect.
     pub fn config(&self, database: &str) -> Config {
         let mut config = Config::new();
@@ -239,6 +248,13 @@ impl Cluster {
         self.config(database)
             .connect(NoTls)
             .unwrap_or_else(|e| panic!("cannot connect to cluster {}: {e:?}\n{}", self.name, self.log_tail()))
+    }
+
+    /// A connection of another role.
+    pub fn connect_as(&self, role: &str) -> Client {
+        let mut config = self.config(DATABASE);
+        config.user(role);
+        config.connect(NoTls).unwrap_or_else(|e| panic!("{role} cannot connect to cluster {}: {e:?}", self.name))
     }
 
     /// A connection, if the server grants one now: it may be in recovery after a crash.

@@ -30,7 +30,7 @@ pub fn mapping() -> Value {
         "forward": {"entry_no": "id", "word": "upper(left(token, 1)) || substr(token, 2)",
                     "microseconds": "extract(epoch FROM at) * 1000000"},
         "backward": {"token": "lower(left(word, 1)) || substr(word, 2)",
-                     "at": "'epoch'::timestamptz + microseconds::bigint * interval '1 microsecond'"}
+                     "at": "('epoch'::timestamp + microseconds::bigint * interval '1 microsecond') AT TIME ZONE 'UTC'"}
     })
 }
 

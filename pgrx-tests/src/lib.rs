@@ -6,6 +6,7 @@
 pub mod bank;
 pub mod cluster;
 pub mod docs;
+pub mod fingerprint;
 pub mod installation;
 pub mod journal;
 pub mod load;

@@ -35,6 +35,15 @@ pub fn until_some<T>(what: &str, deadline: Duration, mut probe: impl FnMut() -> 
     }
 }
 
+/// As [`until`], with a message of what was the matter the last time.
+pub fn until_or(deadline: Duration, message: impl Fn() -> String, mut condition: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !condition() {
+        assert!(start.elapsed() < deadline, "waited {deadline:?} in vain: {}", message());
+        thread::sleep(POLL);
+    }
+}
+
 /// The pace of a client that is not there to fill the processors: one beat between two transactions.
 pub fn beat() {
     thread::sleep(POLL / 5);

@@ -8,9 +8,10 @@ use pgrx::pg_sys;
 use pgrx::prelude::*;
 
 use crate::caller::Caller;
-use crate::error::{Error, Problem, Result, report};
+use crate::error::{Error, Result, report};
 use crate::lock::wait_latch;
 use crate::mapping::model::{Mapping, Options};
+use crate::owner::{self, Warning};
 use crate::state::State;
 use crate::version;
 use crate::worker::clerk::{Reply, Request, Segment, Start};
@@ -76,10 +77,8 @@ fn migration_start(
     or_report((|| {
         check_name(name)?;
         Mapping::parse(&text).map_err(|problems| Error::Mapping { name: name.to_string(), problems })?;
-        Options::parse(&options).map_err(|p: Problem| Error::Mapping { name: name.to_string(), problems: vec![p] })?;
-        // SAFETY: reads the role that calls.
-        let owner = unsafe { pg_sys::GetUserId() }.to_u32();
-        let start = Start { owner, mapping: text.clone(), options: options.clone() };
+        Options::parse(&options).map_err(|problem| Error::Options { name: name.to_string(), problem })?;
+        let start = Start { mapping: text.clone(), options: options.clone() };
         request(name, "start", serde_json::json!({}), &timeout, Some(start))
     })())
 }
@@ -165,16 +164,22 @@ fn or_report(result: Result<State>) -> migration_state {
     }
 }
 
+/// Seconds: far from where dates end, and longer than any server runs.
+const LONGEST_TIMEOUT: f64 = 10.0 * 366.0 * 86400.0;
+
 fn seconds(seconds: f64) -> Interval {
     Interval::from_seconds(seconds)
 }
 
 fn check_name(name: &str) -> Result<()> {
-    if name.trim().is_empty() || name.len() > crate::mapping::ident::MAX_BYTES {
+    if name.trim().is_empty() {
         return Err(Error::BadArgument {
-            message: "the name of a migration must not be empty or longer than 63 bytes".into(),
-            hint: "Choose another name.".into(),
+            message: "the name of the migration is empty".into(),
+            hint: "Choose a name of 1 to 63 bytes.".into(),
         });
+    }
+    if name.len() > crate::mapping::ident::MAX_BYTES {
+        return Err(Error::NameTooLong { bytes: name.len() });
     }
     Ok(())
 }
@@ -208,16 +213,21 @@ fn request(
             hint: "For example: interval '30 seconds'.".into(),
         });
     }
-    if start.is_none() {
-        check_owner(name)?;
+    if timeout > LONGEST_TIMEOUT {
+        return Err(Error::BadArgument {
+            message: "the timeout is too long".into(),
+            hint: "It can be 10 years at most.".into(),
+        });
     }
+    let owner = if start.is_none() { check_owner(name)? } else { new_owner()? };
     // SAFETY: reads the calling role and its name.
     let who = unsafe {
         let name = pg_sys::GetUserNameFromId(pg_sys::GetUserId(), false);
         std::ffi::CStr::from_ptr(name).to_string_lossy().into_owned()
     };
     let caller = Caller::here();
-    let request = Request { name: name.to_string(), kind: kind.to_string(), arguments, who, caller, timeout, start };
+    let request =
+        Request { name: name.to_string(), kind: kind.to_string(), arguments, who, caller, timeout, owner, start };
     let segment = Segment::create(&request)?;
     let clerk = start_clerk(my_database(), segment.handle())?;
     while !clerk.has_stopped() {
@@ -227,7 +237,7 @@ fn request(
     segment.detach();
     match reply {
         Some(Reply::Filed(id)) => {
-            let state = await_answer(id, name, timeout)?;
+            let state = await_answer(id, name, owner, timeout)?;
             caller.leave();
             Ok(state)
         }
@@ -243,17 +253,38 @@ fn look(sql: &str) -> Result<Vec<crate::store::Row>> {
     crate::store::local::look(sql)
 }
 
-fn check_owner(name: &str) -> Result<()> {
-    let name_sql = crate::mapping::ident::quote_literal(name);
-    let rows = look(&format!("SELECT owner::int8 FROM crossover.migration WHERE name = {name_sql}"))?;
-    let Some(row) = rows.first() else { return Err(Error::UnknownMigration { name: name.to_string() }) };
-    let owner: u32 = crate::store::parse(row[0].as_deref().unwrap_or("0"))?;
-    // SAFETY: catalog look-ups in the caller's transaction.
-    let member = unsafe { pg_sys::has_privs_of_role(pg_sys::GetUserId(), pg_sys::Oid::from(owner)) };
-    if member { Ok(()) } else { Err(Error::NotOwner { name: name.to_string() }) }
+/// The role that calls, which a worker is to run as.
+fn new_owner() -> Result<u32> {
+    // SAFETY: reads the role that calls.
+    let role = unsafe { pg_sys::GetUserId() }.to_u32();
+    owner::may_connect(role, &look(&owner::query(role))?)?;
+    Ok(role)
 }
 
-fn await_answer(id: i64, name: &str, timeout: f64) -> Result<State> {
+fn check_owner(name: &str) -> Result<u32> {
+    let name_sql = crate::mapping::ident::quote_literal(name);
+    let rows =
+        look(&format!("SELECT owner::int8, owner::regrole::text FROM crossover.migration WHERE name = {name_sql}"))?;
+    let Some(row) = rows.first() else { return Err(Error::UnknownMigration { name: name.to_string() }) };
+    let owner: u32 = crate::store::parse(row[0].as_deref().unwrap_or("0"))?;
+    let owner_name = row[1].clone().unwrap_or_default();
+    // SAFETY: catalog look-ups in the caller's transaction.
+    let member = unsafe { pg_sys::has_privs_of_role(pg_sys::GetUserId(), pg_sys::Oid::from(owner)) };
+    if member { Ok(owner) } else { Err(Error::NotOwner { name: name.to_string(), owner: owner_name }) }
+}
+
+fn warn(warning: Warning) {
+    pg_sys::panic::ErrorReport::new(
+        PgSqlErrorCode::ERRCODE_WARNING_PRIVILEGE_NOT_GRANTED,
+        warning.message,
+        "pg_crossover",
+    )
+    .set_detail(warning.detail)
+    .set_hint(warning.hint)
+    .report(PgLogLevel::WARNING);
+}
+
+fn await_answer(id: i64, name: &str, owner: u32, timeout: f64) -> Result<State> {
     // The worker keeps the deadline; this one is for when there is no worker.
     let until = std::time::Instant::now() + Duration::from_secs_f64(timeout + 5.0);
     loop {
@@ -262,7 +293,11 @@ fn await_answer(id: i64, name: &str, timeout: f64) -> Result<State> {
         let answer: serde_json::Value = serde_json::from_str(row[1].as_deref().unwrap_or("{}")).unwrap_or_default();
         let text = |key: &str| answer[key].as_str().map(str::to_string);
         match row[0].as_deref() {
-            Some("done") => return text("state").unwrap_or_default().parse().map_err(Error::Internal),
+            Some("done") => {
+                let warnings = serde_json::from_value::<Vec<Warning>>(answer["warnings"].clone()).unwrap_or_default();
+                warnings.into_iter().for_each(warn);
+                return text("state").unwrap_or_default().parse().map_err(Error::Internal);
+            }
             Some("failed") => {
                 return Err(Error::Request {
                     sqlstate: text("sqlstate").unwrap_or_else(|| "XX000".into()),
@@ -272,6 +307,8 @@ fn await_answer(id: i64, name: &str, timeout: f64) -> Result<State> {
                 });
             }
             _ if std::time::Instant::now() >= until => {
+                // Whether a worker could run at all comes first.
+                owner::may_connect(owner, &look(&owner::query(owner))?)?;
                 return Err(Error::Timeout {
                     name: name.to_string(),
                     waited_ms: (timeout * 1000.0) as u64,

@@ -164,7 +164,8 @@ pub fn left_behind(objects: &Objects) -> String {
 
 impl StoreTable {
     fn logged_key(&self, alias: &str) -> String {
-        let columns: Vec<String> = self.key.iter().map(|(c, _)| format!("{alias}.{c}::text")).collect();
+        let columns: Vec<String> =
+            self.key_columns.iter().map(|c| c.to_text_safely(&format!("{alias}.{}", c.name))).collect();
         format!("ARRAY[{}]", columns.join(", "))
     }
 
@@ -320,7 +321,7 @@ mod tests {
         let objects = Objects::new(Side::First, "ab12");
         let table = StoreTable::first(&pair, &objects, &pair.first.rel);
         let by_row = table.create_capture(&objects, true);
-        assert!(by_row.contains(r#"ARRAY[NEW."id"::text] <> ARRAY[OLD."id"::text]"#), "{by_row}");
+        assert!(by_row.contains(r#"ARRAY[concat(NEW."id")] <> ARRAY[concat(OLD."id")]"#), "{by_row}");
         assert!(by_row.contains("FOR EACH ROW") && !by_row.contains("REFERENCING"), "{by_row}");
         assert!(!table.create_capture(&objects, false).contains("FOR EACH ROW"));
         assert!(tree(&objects).contains("'capture_ab12_'"), "{}", tree(&objects));

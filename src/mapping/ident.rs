@@ -65,7 +65,7 @@ impl RelName {
         let parts = parse_parts(text)?;
         match <[Ident; 2]>::try_from(parts) {
             Ok([schema, name]) => Ok(RelName { schema, name }),
-            Err(parts) if parts.len() == 1 => Err(format!("{text} has no schema; write schema.{text}")),
+            Err(parts) if parts.len() == 1 => Err(format!("{text} has no schema")),
             Err(_) => Err(format!("{text} is not a name of the form schema.table")),
         }
     }

@@ -2,6 +2,7 @@
 
 pub mod capture;
 pub mod constraint;
+pub mod form;
 pub mod ident;
 pub mod model;
 pub mod rule;

@@ -3,6 +3,7 @@
 use serde::Deserialize;
 use serde_json::Map;
 
+use super::form::{self, pointer_token};
 use super::ident::RelName;
 use crate::error::Problem;
 
@@ -90,17 +91,20 @@ impl Options {
         self.copy_rate.map_or(self.chunk_rows, |rate| self.chunk_rows.min(rate / 10).max(1))
     }
 
+    /// # Errors
+    /// The first thing that is wrong with them, by JSON pointer.
     pub fn parse(text: &str) -> Result<Options, Problem> {
-        let options: Options = serde_json::from_str(text).map_err(|e| Problem::new("options", e.to_string()))?;
-        if !(1..=32).contains(&options.copy_workers) {
-            return Err(Problem::new("options.copy_workers", "is not between 1 and 32"));
-        }
-        if !(1..=1_000_000).contains(&options.chunk_rows) {
-            return Err(Problem::new("options.chunk_rows", "is not between 1 and 1000000"));
-        }
-        if options.copy_rate.is_some_and(|rate| !(1..=1_000_000_000).contains(&rate)) {
-            return Err(Problem::new("options.copy_rate", "is not between 1 and 1000000000 rows/s"));
-        }
+        let options: Options = form::read("options", text)?;
+        let between = |key: &str, value: i64, most: i64, unit: &str| {
+            if (1..=most).contains(&value) {
+                return Ok(());
+            }
+            Err(Problem::new(pointer_token(key), format!("is {value}"))
+                .hint(format!("It can be between 1 and {most}{unit}.")))
+        };
+        between("copy_workers", options.copy_workers.into(), 32, "")?;
+        between("chunk_rows", options.chunk_rows, 1_000_000, "")?;
+        between("copy_rate", options.copy_rate.unwrap_or(1), 1_000_000_000, " rows/s")?;
         Ok(options)
     }
 }
@@ -119,15 +123,22 @@ pub struct NamedTable {
 impl Mapping {
     /// Parses the mapping; everything that is wrong with its form is returned at once.
     pub fn parse(text: &str) -> Result<Vec<NamedTable>, Vec<Problem>> {
-        let mapping: Mapping = serde_json::from_str(text).map_err(|e| vec![Problem::new("mapping", e.to_string())])?;
+        let mapping: Mapping = form::read("mapping", text).map_err(|problem| vec![problem])?;
         let mut problems = Vec::new();
         let mut tables: Vec<NamedTable> = Vec::new();
         if mapping.tables.is_empty() {
-            problems.push(Problem::new("/tables", "names no table"));
+            problems.push(
+                Problem::new("/tables", "names no table")
+                    .hint("Name at least one: {\"tables\": [{\"first\": \"public.a\", \"second\": \"remote.a\"}]}."),
+            );
         }
         for (i, table) in mapping.tables.iter().enumerate() {
             let mut name = |key: &str, text: &str| {
-                RelName::parse(text).map_err(|e| problems.push(Problem::new(format!("/tables/{i}/{key}"), e))).ok()
+                let wrong = |e| {
+                    Problem::new(format!("/tables/{i}/{key}"), e)
+                        .hint("Write it as in SQL: schema.table, in double quotes where it is not all in lower case.")
+                };
+                RelName::parse(text).map_err(|e| problems.push(wrong(e))).ok()
             };
             let first = name("first", &table.first);
             let second = name("second", &table.second);
@@ -143,14 +154,13 @@ impl Mapping {
                     problems.push(Problem::new(format!("/tables/{i}/second"), format!("{second} is named twice")));
                 }
             }
-            tables.push(NamedTable {
-                first,
-                second,
-                second_view: second_view.flatten(),
-                forward,
-                backward,
-                key: table.key.clone(),
-            });
+            let second_view = second_view.flatten();
+            if let Some(view) = &second_view
+                && tables.iter().any(|other| other.second_view.as_ref() == Some(view))
+            {
+                problems.push(Problem::new(format!("/tables/{i}/second_view"), format!("{view} is named twice")));
+            }
+            tables.push(NamedTable { first, second, second_view, forward, backward, key: table.key.clone() });
         }
         if problems.is_empty() { Ok(tables) } else { Err(problems) }
     }
@@ -164,13 +174,18 @@ fn expressions(
 ) -> Vec<(String, String)> {
     let mut found = Vec::new();
     for (column, value) in map {
-        match value.as_str() {
-            Some(expression) if !expression.trim().is_empty() => found.push((column.clone(), expression.to_string())),
-            _ => problems.push(
-                Problem::new(format!("/tables/{i}/{key}/{column}"), "is not an SQL expression")
-                    .hint("Write it as a JSON string."),
-            ),
-        }
+        let wrong = match value.as_str() {
+            Some(expression) if !expression.trim().is_empty() => {
+                found.push((column.clone(), expression.to_string()));
+                continue;
+            }
+            Some(_) => "is an empty string".to_string(),
+            None => format!("is {}, not a string", form::kind(value)),
+        };
+        problems.push(
+            Problem::new(format!("/tables/{i}/{key}{}", pointer_token(column)), wrong)
+                .hint("Write an SQL expression, as a JSON string."),
+        );
     }
     found
 }
@@ -182,7 +197,7 @@ mod tests {
     #[test]
     fn unknown_keys_are_errors() {
         let problems = Mapping::parse(r#"{"tables": [], "colour": 1}"#).unwrap_err();
-        assert!(problems[0].message.contains("colour"));
+        assert_eq!(problems[0].object, "/colour");
         assert!(Mapping::parse(r#"{"tables": [{"first": "a.b", "second": "c.d", "foreward": {}}]}"#).is_err());
         assert!(Options::parse(r#"{"takeover": "later"}"#).is_err());
         assert!(Options::parse(r#"{"copy_workers": 0}"#).is_err());

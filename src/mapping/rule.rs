@@ -1,5 +1,6 @@
 //! A mapping held against the two tables: which expression gives which column, in both directions. Pure.
 
+use super::form::pointer_token;
 use super::ident::{Ident, RelName, parse_ident};
 use super::model::NamedTable;
 use super::table::{Column, Table, keys_agree};
@@ -24,8 +25,8 @@ pub struct Pair {
 impl Pair {
     pub fn compile(index: usize, named: &NamedTable, first: Table, second: Table) -> Result<Pair, Vec<Problem>> {
         let mut problems = Vec::new();
-        unknown_columns(&named.forward, &second, "forward", &mut problems);
-        unknown_columns(&named.backward, &first, "backward", &mut problems);
+        unknown_columns(index, &named.forward, &second, "forward", &mut problems);
+        unknown_columns(index, &named.backward, &first, "backward", &mut problems);
         let forward = direction(&named.forward, &named.backward, &second, &first);
         let backward = direction(&named.backward, &named.forward, &first, &second);
 
@@ -33,7 +34,7 @@ impl Pair {
             if !forward.iter().any(|(c, _)| *c == column.name) {
                 problems.push(
                     Problem::new(format!("{}.{}", second.rel, column.name), "no expression gives this column")
-                        .hint("Add it to \"forward\"."),
+                        .hint(format!("Add it to /tables/{index}/forward.")),
                 );
             }
         }
@@ -54,7 +55,7 @@ impl Pair {
                         format!("{}.{}", first.rel, column.name),
                         "nothing maps back to this column, and it is NOT NULL without a default",
                     )
-                    .hint("Add it to \"backward\"."),
+                    .hint(format!("Add it to /tables/{index}/backward.")),
                 );
             }
         }
@@ -107,17 +108,24 @@ pub fn plain_column<'t>(expression: &str, source: &'t Table) -> Option<&'t Colum
     parse_ident(expression).and_then(|name| source.column(&name))
 }
 
-fn unknown_columns(given: &[(String, String)], table: &Table, direction: &str, problems: &mut Vec<Problem>) {
+fn unknown_columns(
+    index: usize,
+    given: &[(String, String)],
+    table: &Table,
+    direction: &str,
+    problems: &mut Vec<Problem>,
+) {
     for (name, _) in given {
+        let pointer = format!("/tables/{index}/{direction}{}", pointer_token(name));
         match table.column(&Ident::new(name.clone())) {
             None => problems.push(
-                Problem::new(format!("{direction}.{name}"), format!("{} has no column \"{name}\"", table.rel))
-                    .hint("Column names are written as the catalog holds them, without quotes."),
+                Problem::new(pointer, format!("{} has no column \"{name}\"", table.rel))
+                    .hint("Column names are written as the catalog holds them, without quotes and in the same case."),
             ),
-            Some(column) if column.generated => problems.push(Problem::new(
-                format!("{direction}.{name}"),
-                format!("column \"{name}\" of {} is generated", table.rel),
-            )),
+            Some(column) if column.generated => problems.push(
+                Problem::new(pointer, format!("column \"{name}\" of {} is generated", table.rel))
+                    .hint("Leave it out: its own server derives its values."),
+            ),
             Some(_) => {}
         }
     }
@@ -162,8 +170,9 @@ fn key(
         });
         let Some((target, _)) = matched else {
             problems.push(
-                Problem::new(format!("{}.{name}", first.rel), "a key column is not mapped by a plain reference")
-                    .hint("Give it a column of its own on the second side, in both directions."),
+                Problem::new(format!("{}.{name}", first.rel), "a key column is not mapped by a plain reference").hint(
+                    format!("Give it a column of its own in {}, by a plain reference in both directions.", second.rel),
+                ),
             );
             continue;
         };
@@ -192,7 +201,10 @@ fn key(
                         b.type_name, a.type_name
                     ),
                 )
-                .hint("Declare the column of the foreign table with the type of the first table."),
+                .hint(format!(
+                    "Give it that type on both servers; here: ALTER FOREIGN TABLE {} ALTER COLUMN {target} TYPE {};",
+                    second.rel, a.type_name
+                )),
             );
         }
         key.push((name.clone(), target.clone()));
@@ -219,6 +231,7 @@ pub mod tests {
             one_text: true,
             cast_to_text: false,
             cast_of_text: false,
+            base_type: type_name.into(),
             remote_name: Ident::new(name),
         }
     }

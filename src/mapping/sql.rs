@@ -196,6 +196,8 @@ pub struct StoreTable {
     unmapped: Vec<Column>,
     pub(super) incoming: String,
     pub(super) key_needs_settings: bool,
+    /// The key columns as the table has them.
+    pub(super) key_columns: Vec<Column>,
 }
 
 impl StoreTable {
@@ -220,6 +222,7 @@ impl StoreTable {
             index: pair.index,
             rel: rel.clone(),
             key_needs_settings: needs_settings(&pair.first),
+            key_columns: pair.key.iter().filter_map(|(a, _)| pair.first.column(a)).cloned().collect(),
             read_from: objects.rule_view("forward", pair.index),
             read_columns: writable(&pair.second).cloned().collect(),
             read_key: second_key,
@@ -259,6 +262,7 @@ impl StoreTable {
             index: pair.index,
             rel: remote.rel.clone(),
             key_needs_settings: needs_settings(remote),
+            key_columns: key_names.iter().filter_map(|name| remote.column(name)).cloned().collect(),
             read_from: remote.rel.clone(),
             read_columns,
             read_key: key.clone(),

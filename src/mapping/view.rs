@@ -5,7 +5,7 @@ use super::rule::Pair;
 use super::table::Column;
 
 /// One privilege on a relation, or on one column of it.
-#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]
 pub struct Grant {
     /// None: PUBLIC
     pub grantee: Option<String>,

@@ -65,7 +65,7 @@ impl Connection {
     pub fn connect(options: &[(String, String)], must_use_password: bool, deadline: Option<Instant>) -> Result<Self> {
         let option = |name: &str| options.iter().rev().find(|(keyword, _)| keyword == name).map(|(_, v)| v.as_str());
         if must_use_password && option("password").is_none_or(str::is_empty) {
-            return Err(Error::PasswordRequired);
+            return Err(Error::PasswordRequired { unused: false });
         }
         let mut names = vec![c_string("fallback_application_name")?];
         let mut values = vec![c_string(APPLICATION_NAME)?];
@@ -87,7 +87,7 @@ impl Connection {
         this.establish()?;
         // SAFETY: the connection is open.
         if must_use_password && unsafe { pq_sys::PQconnectionUsedPassword(this.raw()) } == 0 {
-            return Err(Error::PasswordRequired);
+            return Err(Error::PasswordRequired { unused: true });
         }
         this.deadline = deadline;
         this.phase = Phase::Idle;

@@ -3,13 +3,13 @@
 //! Owns the transaction state of the process: nothing else in a worker may start or end a transaction. Statements run
 //! as the migration's owner (the worker's session user); the `admin_` ones as the extension's owner.
 
+mod determinism;
 mod receiver;
 
 use std::ffi::{CStr, CString};
 use std::panic::AssertUnwindSafe;
 use std::time::{Duration, Instant};
 
-use pgrx::PgList;
 use pgrx::pg_sys;
 use pgrx::prelude::*;
 
@@ -317,43 +317,6 @@ impl LocalSession {
             }
         }
         Ok(())
-    }
-
-    /// Parses and analyzes a query without running it. Is anything in it volatile?
-    pub fn is_volatile(&mut self, sql: &str) -> Result<bool> {
-        self.guarded(false, || {
-            let source = c_sql(sql);
-            // SAFETY: SPI is connected; the plan and its query trees live until SPI_finish.
-            unsafe {
-                let plan = pg_sys::SPI_prepare(source.as_ptr(), 0, std::ptr::null_mut());
-                if plan.is_null() {
-                    error!("could not prepare: {sql}");
-                }
-                let sources = PgList::<pg_sys::CachedPlanSource>::from_pg(pg_sys::SPI_plan_get_plan_sources(plan));
-                let queries: Vec<*mut pg_sys::Query> = sources
-                    .iter_ptr()
-                    .flat_map(|s| PgList::<pg_sys::Query>::from_pg((*s).query_list).iter_ptr().collect::<Vec<_>>())
-                    .collect();
-                // What was meant as one expression must not be more than that.
-                match queries[..] {
-                    [query]
-                        if (*query).commandType == pg_sys::CmdType::CMD_SELECT
-                            && (*query).setOperations.is_null()
-                            && PgList::<pg_sys::TargetEntry>::from_pg((*query).targetList).len() == 1
-                            && PgList::<pg_sys::RangeTblEntry>::from_pg((*query).rtable).len() == 1 =>
-                    {
-                        pg_sys::contain_volatile_functions(query.cast())
-                    }
-                    _ => {
-                        pgrx::ereport!(
-                            ERROR,
-                            pgrx::PgSqlErrorCode::ERRCODE_SYNTAX_ERROR,
-                            "it is more than one expression"
-                        );
-                    }
-                }
-            }
-        })
     }
 
     fn guarded<T>(&mut self, admin: bool, f: impl FnOnce() -> T) -> Result<T> {

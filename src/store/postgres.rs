@@ -35,7 +35,8 @@ pub struct RemoteSession {
     target: Target,
     /// A second connection, to commit a counter while this one's transaction holds the switch's locks.
     flusher: Option<Box<Connection>>,
-    may_set: bool,
+    /// What [`Session::become_replica`] sets, as far as the role may.
+    replica: String,
     depth: usize,
     deadline: Option<Instant>,
     patience: Duration,
@@ -47,17 +48,19 @@ pub const PATIENCE: Duration = Duration::from_secs(60);
 impl RemoteSession {
     pub fn connect(target: &Target, deadline: Option<Instant>) -> Result<RemoteSession> {
         let mut connection = open(target, deadline)?;
-        let may_set = connection.query(
-            "SELECT current_setting('is_superuser') = 'on' OR CASE WHEN current_setting('server_version_num')::int >= 150000 \
-             THEN (SELECT bool_and(has_parameter_privilege(p, 'SET')) FROM unnest(ARRAY['session_replication_role', 'deadlock_timeout']) p) ELSE false END",
+        let settings = connection.query(
+            "SELECT string_agg(format('SET LOCAL %s = %L', name, value), '; ') \
+             FROM (VALUES ('session_replication_role', 'replica'), ('deadlock_timeout', '30ms')) AS s(name, value) \
+             WHERE CASE WHEN current_setting('server_version_num')::int >= 150000 THEN has_parameter_privilege(name, 'SET') \
+                   ELSE current_setting('is_superuser') = 'on' END",
             &[],
         )?;
-        let may_set = may_set.first().and_then(|r| r[0].as_deref()) == Some("t");
+        let replica = settings.into_iter().next().and_then(|mut r| r.pop().flatten()).unwrap_or_default();
         Ok(RemoteSession {
             connection,
             target: target.clone(),
             flusher: None,
-            may_set,
+            replica,
             depth: 0,
             deadline: None,
             patience: PATIENCE,
@@ -128,10 +131,11 @@ impl Session for RemoteSession {
     }
 
     fn become_replica(&mut self) -> Result<()> {
-        if self.may_set {
-            self.batch("SET LOCAL session_replication_role = replica; SET LOCAL deadlock_timeout = '30ms'")?;
+        if self.replica.is_empty() {
+            return Ok(());
         }
-        Ok(())
+        let sql = self.replica.clone();
+        self.batch(&sql)
     }
 
     fn begin(&mut self, isolation: Isolation, lock: &[String]) -> Result<()> {

@@ -8,6 +8,7 @@ use pgrx::pg_sys;
 use pgrx::prelude::*;
 use serde::{Deserialize, Serialize};
 
+use super::migration::has_worker;
 use super::{Assignment, assignment, connect, exit, my_database, start_migration};
 use crate::caller::Caller;
 use crate::error::{Error, Result};
@@ -26,13 +27,14 @@ pub struct Request {
     pub caller: Caller,
     /// Seconds from now.
     pub timeout: f64,
+    /// The owner of the migration that the caller has the rights of.
+    pub owner: u32,
     /// For `start`: the new migration.
     pub start: Option<Start>,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Start {
-    pub owner: u32,
     pub mapping: String,
     pub options: String,
 }
@@ -171,7 +173,7 @@ fn file(request: &Request) -> Result<i64> {
     session.begin(Isolation::ReadCommitted, &[])?;
     let filed = file_in(&mut session, request);
     match filed {
-        Ok((id, owner, migration)) => {
+        Ok((id, migration)) => {
             if !request.caller.is_waiting()? {
                 session.rollback();
                 return Err(Error::Withdrawn);
@@ -180,13 +182,8 @@ fn file(request: &Request) -> Result<i64> {
             session.commit()?;
             let begun = fault::point("clerk:filed").and_then(|()| match request.kind.as_str() {
                 "pause" => cancel_work(&mut session, migration),
-                "start" => start_migration(Assignment {
-                    database: my_database(),
-                    role: pg_sys::Oid::from(owner),
-                    number: migration as u32,
-                })
-                .map(drop),
-                _ => Ok(()),
+                "start" => start_worker(request.owner, migration),
+                _ => revive(&mut session, request.owner, migration, id),
             });
             if begun.is_err() && request.start.is_some() {
                 let id = migration.to_string();
@@ -219,6 +216,21 @@ impl Drop for NoInterrupts {
     }
 }
 
+fn start_worker(owner: u32, migration: i32) -> Result<()> {
+    let role = pg_sys::Oid::from(owner);
+    start_migration(Assignment { database: my_database(), role, number: migration as u32 }).map(drop)
+}
+
+/// A migration whose worker the postmaster cannot start again, as its role is gone, has none: its present owner's is started.
+fn revive(session: &mut LocalSession, owner: u32, migration: i32, request: i64) -> Result<()> {
+    let started_as = session.read(
+        "SELECT FROM crossover.activity a JOIN crossover.request r USING (migration_id) WHERE a.migration_id = $1::text::int \
+         AND r.id = $2::text::bigint AND r.status = 'queued' AND a.worker_role <> $3::text::oid",
+        &[Some(&migration.to_string()), Some(&request.to_string()), Some(&owner.to_string())],
+    )?;
+    if started_as.is_empty() || has_worker(migration)? { Ok(()) } else { start_worker(owner, migration) }
+}
+
 /// Cancels what the migration's processes are doing, so that they look at their requests now. Not a switch: that one ends first.
 fn cancel_work(session: &mut LocalSession, migration: i32) -> Result<()> {
     session
@@ -232,12 +244,13 @@ fn cancel_work(session: &mut LocalSession, migration: i32) -> Result<()> {
         .map(drop)
 }
 
-fn file_in(session: &mut LocalSession, request: &Request) -> Result<(i64, u32, i32)> {
+fn file_in(session: &mut LocalSession, request: &Request) -> Result<(i64, i32)> {
     if let Some(start) = &request.start {
-        // An ended migration gives its name up.
+        // An ended migration gives its name up, and its records, to whoever may see them.
         session.execute(
-            "DELETE FROM crossover.migration WHERE name = $1::text AND phase = 'done' AND state IN ('finished', 'cancelled')",
-            &[Some(&request.name)],
+            "DELETE FROM crossover.migration WHERE name = $1::text AND phase = 'done' AND state IN ('finished', 'cancelled') \
+             AND pg_has_role($2::text::oid, owner, 'USAGE')",
+            &[Some(&request.name), Some(&request.owner.to_string())],
         )?;
         let taken = session.query("SELECT FROM crossover.migration WHERE name = $1::text", &[Some(&request.name)])?;
         if !taken.is_empty() {
@@ -245,12 +258,17 @@ fn file_in(session: &mut LocalSession, request: &Request) -> Result<(i64, u32, i
         }
         session.execute("DELETE FROM crossover.history WHERE name = $1::text", &[Some(&request.name)])?;
         session.execute("DELETE FROM crossover.conflict WHERE name = $1::text", &[Some(&request.name)])?;
-        session.execute(
+        // Two starts at once: the second has waited for the first here.
+        let inserted = session.execute(
             "WITH m AS (INSERT INTO crossover.migration (name, tag, owner, server_id, mapping, options, state, phase) \
              VALUES ($1::text, left(replace(gen_random_uuid()::text, '-', ''), 8), $2::text::oid, 0, $3::text, $4::text, 'copying', 'setting up') RETURNING id) \
              INSERT INTO crossover.activity (migration_id) SELECT id FROM m",
-            &[Some(&request.name), Some(&start.owner.to_string()), Some(&start.mapping), Some(&start.options)],
-        )?;
+            &[Some(&request.name), Some(&request.owner.to_string()), Some(&start.mapping), Some(&start.options)],
+        );
+        inserted.map_err(|e| match e {
+            e if e.is_unique_violation() => Error::NameTaken { name: request.name.clone() },
+            e => e,
+        })?;
     }
     let answer = answer_of_the_past(session, request)?;
     if request.kind == "pause" {
@@ -261,7 +279,7 @@ fn file_in(session: &mut LocalSession, request: &Request) -> Result<(i64, u32, i
     let rows = session.query(
         "INSERT INTO crossover.request (migration_id, kind, arguments, who, caller_pid, caller_call, deadline, status, answer) \
          SELECT id, $2::text, $3::text::jsonb, $4::text, $5::text::int, $9::text::bigint, clock_timestamp() + make_interval(secs => $6::text::float8), $7::text, $8::text::jsonb \
-         FROM crossover.migration WHERE name = $1::text RETURNING id, (SELECT owner::int8 FROM crossover.migration m WHERE m.id = migration_id), migration_id",
+         FROM crossover.migration WHERE name = $1::text AND owner = $10::text::oid RETURNING id, migration_id",
         &[
             Some(&request.name),
             Some(&request.kind),
@@ -272,11 +290,12 @@ fn file_in(session: &mut LocalSession, request: &Request) -> Result<(i64, u32, i
             Some(status),
             answer.as_deref(),
             Some(&request.caller.call.to_string()),
+            Some(&request.owner.to_string()),
         ],
     )?;
     let Some(row) = rows.first() else { return Err(Error::UnknownMigration { name: request.name.clone() }) };
     let field = |i: usize| row[i].as_deref().unwrap_or("");
-    Ok((parse(field(0))?, parse(field(1))?, parse(field(2))?))
+    Ok((parse(field(0))?, parse(field(1))?))
 }
 
 /// A migration that has ended has no worker to ask: the answer, where it is what was asked for.
@@ -289,13 +308,21 @@ fn answer_of_the_past(session: &mut LocalSession, request: &Request) -> Result<O
         &[Some(&request.name)],
     )?;
     let Some(state) = rows.first().and_then(|r| r[0].as_deref()) else { return Ok(None) };
-    if matches!((request.kind.as_str(), state), ("wait", _) | ("finish", "finished") | ("cancel", "cancelled")) {
+    if matches!((request.kind.as_str(), state), ("wait", _) | ("finish", "finished") | ("cancel", "cancelled"))
+        || request.arguments["state"] == state
+    {
         return Ok(Some(serde_json::json!({ "state": state }).to_string()));
     }
-    Err(Error::WrongState {
-        name: request.name.clone(),
-        action: "go on",
-        state: parse(state)?,
-        hint: "It has ended; migration_start begins another one.",
-    })
+    let (name, state) = (request.name.clone(), parse(state)?);
+    if let Some(to) = request.arguments["state"].as_str() {
+        return Err(Error::Transition { name, from: state, to: parse(to)? });
+    }
+    let action = match request.kind.as_str() {
+        "finish" => "be finished",
+        "cancel" => "be cancelled",
+        "pause" => "be paused",
+        "resume" => "be resumed",
+        _ => "resolve a conflict",
+    };
+    Err(Error::WrongState { name, action, state, hint: "" })
 }

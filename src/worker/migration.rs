@@ -10,7 +10,10 @@ use std::time::{Duration, Instant};
 use pgrx::pg_sys;
 use pgrx::prelude::*;
 
-use super::{Assignment, Handle, assignment, connect, exit, my_database, reload_configuration, show_name, start_copy};
+use super::{
+    Assignment, Handle, assignment, connect, exit, my_database, reload_configuration, show_name, start_copy,
+    start_migration,
+};
 use crate::caller::Caller;
 use crate::context::Context;
 use crate::copy;
@@ -20,6 +23,7 @@ use crate::ending;
 use crate::error::{Error, Result};
 use crate::fault;
 use crate::lock::wait_latch;
+use crate::owner;
 use crate::parked;
 use crate::reconcile;
 use crate::resync;
@@ -118,6 +122,8 @@ struct Worker {
     figures_at: Instant,
     /// [`Worker::begin`] is done.
     begun: bool,
+    /// One of the tables has been dropped.
+    tables_are_gone: bool,
     version_at: Instant,
     log_size_at: Instant,
     /// Of `crossover.max_log_size`, in percent, as far as it has been warned of.
@@ -167,6 +173,14 @@ enum Next {
 fn run(assignment: Assignment) -> Result<()> {
     let id = assignment.number as i32;
     let mut session = LocalSession::new()?;
+    let owner = session
+        .read("SELECT owner::int8 FROM crossover.migration WHERE id = $1::text::int", &[Some(&id.to_string())])?;
+    let Some(owner) = owner.first().and_then(|row| row[0].as_deref()) else { return Ok(()) };
+    let owner: u32 = parse(owner)?;
+    if owner != owner::of_this_process() {
+        // A superuser has given the migration to another role.
+        return start_migration(Assignment { role: pg_sys::Oid::from(owner), ..assignment }).map(drop);
+    }
     if !claim(id)? {
         return Ok(());
     }
@@ -184,6 +198,7 @@ fn run(assignment: Assignment) -> Result<()> {
         rotate_at: now,
         figures_at: now,
         begun: false,
+        tables_are_gone: false,
         version_at: now,
         log_size_at: now,
         warned: 0,
@@ -234,8 +249,8 @@ impl Worker {
         // SAFETY: this process's pid.
         let pid = unsafe { pg_sys::MyProcPid }.to_string();
         self.write(
-            "UPDATE crossover.activity SET worker_pid = $2::text::int WHERE migration_id = $1::text::int",
-            &[Some(&id), Some(&pid)],
+            "UPDATE crossover.activity SET worker_pid = $2::text::int, worker_role = $3::text::oid WHERE migration_id = $1::text::int",
+            &[Some(&id), Some(&pid), Some(&owner::of_this_process().to_string())],
         )?;
         // What a predecessor was doing when it died is done again: every request can be repeated. Callers that died with it had no say.
         let running = self.ctx.first.session.read(
@@ -255,7 +270,11 @@ impl Worker {
         }
         // What has ended needs no tables; the first ones may be gone.
         if !matches!(self.ctx.migration.phase, Phase::SettingUp | Phase::Finishing | Phase::Done) {
-            self.ctx.load_tables()?;
+            match self.ctx.load_tables() {
+                // It can still be cancelled.
+                Err(Error::TableIsGone { .. }) => self.tables_are_gone = true,
+                result => result?,
+            }
         }
         Ok(())
     }
@@ -274,6 +293,10 @@ impl Worker {
         }
         if let Some(next) = self.serve()? {
             return Ok(next);
+        }
+        if self.tables_are_gone {
+            self.ctx.load_tables()?;
+            self.tables_are_gone = false;
         }
         self.watch_log_size()?;
         if let Some(at) = self.retry_at

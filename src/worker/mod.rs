@@ -158,6 +158,9 @@ use pg_sys::pqsignal as install;
 #[cfg(feature = "pg18")]
 use pg_sys::pqsignal_be as install;
 
+/// An owner without LOGIN can have a worker, where PostgreSQL allows that (BGWORKER_BYPASS_ROLELOGINCHECK).
+const BYPASS_LOGIN: u32 = if crate::owner::NEEDS_LOGIN { 0 } else { 2 };
+
 /// Signals and the database connection of a worker. `die` lets a wait or a long statement be ended at once.
 fn connect(assignment: Assignment) {
     // SAFETY: the first thing that a background worker does; the handlers are PostgreSQL's own.
@@ -166,7 +169,7 @@ fn connect(assignment: Assignment) {
         install(pg_sys::SIGHUP as i32, Some(SignalHandlerForConfigReload));
         pg_sys::BackgroundWorkerUnblockSignals();
         gone::watch(true);
-        pg_sys::BackgroundWorkerInitializeConnectionByOid(assignment.database, assignment.role, 0);
+        pg_sys::BackgroundWorkerInitializeConnectionByOid(assignment.database, assignment.role, BYPASS_LOGIN);
         gone::watch(false);
     }
 }

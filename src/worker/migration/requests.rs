@@ -104,6 +104,10 @@ impl Worker {
     }
 
     fn carry_out(&mut self, kind: &str, arguments: &serde_json::Value, order: &Order) -> Result<()> {
+        let force = arguments["force"].as_bool() == Some(true);
+        if self.tables_are_gone && !(kind == "cancel" && (force || !self.ctx.migration.taken_over)) {
+            self.ctx.load_tables()?;
+        }
         match kind {
             // A predecessor may have died after it was done.
             "start" if self.ctx.migration.phase != Phase::SettingUp => Ok(()),
@@ -111,7 +115,6 @@ impl Worker {
             "set_state" => {
                 let to: State = arguments["state"].as_str().unwrap_or("").parse().map_err(Error::Internal)?;
                 self.resumed_only("change its state")?;
-                let force = arguments["force"].as_bool().unwrap_or(false);
                 transition::set_state(&mut self.ctx, to, force, order)
             }
             "pause" | "resume" => {
@@ -148,7 +151,7 @@ impl Worker {
                     self.copiers.retain(|c| !c.has_stopped());
                 }
                 let result = self.clean_up(order);
-                if result.is_err() && arguments["force"].as_bool() == Some(true) { Ok(()) } else { result }
+                if result.is_err() && force { Ok(()) } else { result }
             }
             other => Err(Error::internal(format!("unknown request \"{other}\""))),
         }
@@ -158,12 +161,7 @@ impl Worker {
         if !self.ctx.migration.paused {
             return Ok(());
         }
-        Err(Error::WrongState {
-            name: self.ctx.migration.name.clone(),
-            action,
-            state: self.ctx.migration.state,
-            hint: "It is paused: call migration_resume first.",
-        })
+        Err(Error::Paused { name: self.ctx.migration.name.clone(), action })
     }
 
     /// The second server's part of finish and cancel, as long as the caller waits; the loop goes on with it.
@@ -181,6 +179,9 @@ impl Worker {
 
     /// For `wait`: None while there is more to do; an answer when the copy is complete and nothing is left to replicate.
     fn caught_up(&mut self) -> Result<Option<Result<()>>> {
+        if self.tables_are_gone {
+            return Ok(self.ctx.load_tables().err().map(Err));
+        }
         let m = &self.ctx.migration;
         if m.state.has_ended() {
             return Ok(Some(Ok(())));
@@ -219,7 +220,10 @@ impl Worker {
 
     fn answer(&mut self, request: &str, result: &Result<()>) -> Result<()> {
         let (status, answer) = match result {
-            Ok(()) => ("done", serde_json::json!({ "state": self.ctx.migration.state.as_str() })),
+            Ok(()) => {
+                let warnings = std::mem::take(&mut self.ctx.warnings);
+                ("done", serde_json::json!({ "state": self.ctx.migration.state.as_str(), "warnings": warnings }))
+            }
             Err(e) => (
                 "failed",
                 serde_json::json!({ "sqlstate": e.sqlstate(), "message": e.to_string(), "detail": e.detail(), "hint": e.hint() }),
@@ -242,7 +246,7 @@ impl Worker {
             ending::undo_start(&mut self.ctx, &order)?;
         } else if after_restart {
             // What was to be installed is described again.
-            setup::describe(&mut self.ctx)?;
+            setup::describe(&mut self.ctx, Patience::until(Instant::now() + UNDO_PATIENCE))?;
         }
         if after_restart || self.ctx.installing {
             setup::remove_first(&mut self.ctx)?;

@@ -212,3 +212,43 @@ fn a_conflict_over_a_value_that_jsonb_does_not_take_keeps_both_images() {
     migration.walk(&["first"]);
     migration.cancel();
 }
+
+#[test]
+fn a_table_that_was_dropped_does_not_keep_its_migration() {
+    for taken_over in [false, true] {
+        let pair = Pair::new();
+        market::create(&pair, 10);
+        let second_before = pair.second.pg_dump_schema("app");
+        let migration = market::started(&pair);
+        if taken_over {
+            migration.walk(&["both", "first"]);
+        }
+        let table = if taken_over { "purchase__first" } else { "purchase" };
+        pair.first.sql(&format!("DROP TABLE {table} CASCADE"));
+        // Whoever comes after this worker knows the table no more.
+        let worker = migration.worker();
+        pair.first.sql(&format!("SELECT pg_terminate_backend({worker})"));
+        let hint = |status: &pgrx_tests::Status| status.text("hint");
+        let status =
+            migration.until_status("misses its table", |s| s.text("last_error").contains("does not exist any more"));
+        let call = if taken_over { "migration_cancel('market', force => true)" } else { "migration_cancel('market')" };
+        assert!(hint(&status).contains(call), "{}", hint(&status));
+        for call in ["migration_wait('market')", "migration_set_state('market', 'both')"] {
+            let error = pair.first.connect().query(&format!("SELECT {call}"), &[]).expect_err(call);
+            assert_eq!(sqlstate(&error), "42P01", "{call}: {}", explain(&error));
+        }
+        assert_eq!(pair.first.text(&format!("SELECT {call}")).as_deref(), Some("cancelled"));
+        assert_eq!(
+            pair.first.text("SELECT count(*) FROM pg_trigger WHERE tgname LIKE 'crossover%'").as_deref(),
+            Some("0")
+        );
+        assert_eq!(
+            pair.first
+                .text("SELECT count(*) FROM pg_class WHERE relnamespace = 'crossover'::regnamespace AND relkind = 'v'")
+                .as_deref(),
+            Some("0")
+        );
+        assert_eq!(second_before, pair.second.pg_dump_schema("app"));
+        pair.first.sql("UPDATE customer SET cents = 1 WHERE id = 1");
+    }
+}

@@ -108,7 +108,7 @@ mod steps {
 
 #[test]
 fn no_step_is_forgotten() {
-    let source = include_str!("../../src/fault.rs");
+    let source = include_str!("../../../src/fault.rs");
     let list =
         source.split_once("POINTS: &[&str] = &[").and_then(|(_, rest)| rest.split_once("];")).expect("the list").0;
     let named: BTreeSet<&str> = list.split('"').skip(1).step_by(2).collect();

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 
-use pgrx_tests::cluster::Stop;
+use pgrx_tests::cluster::{Stop, explain};
 use pgrx_tests::docs::{self, Block, Item, Kind, Server};
 use pgrx_tests::{Cluster, Migration, Pair};
 use serde_json::{Value, json};
@@ -283,7 +283,7 @@ fn the_examples_of_the_reference_run() {
 /// A page that is added here is one that a test above has to follow.
 #[test]
 fn every_page_is_followed() {
-    let source = fs::read_to_string(docs::root().join("pgrx-tests/tests/docs.rs")).expect("this file");
+    let source = fs::read_to_string(docs::root().join("pgrx-tests/tests/cluster/docs.rs")).expect("this file");
     for page in docs::pages() {
         let name = page.strip_prefix(docs::root()).expect("a page of ours").display().to_string();
         assert!(source.contains(&format!("follow(\"{name}\");")), "no test follows {name}");
@@ -338,7 +338,9 @@ fn rows(lines: &[&str]) -> Vec<Vec<String>> {
     let table = lines.iter().filter_map(|line| line.strip_prefix("| ")?.strip_suffix('|'));
     let mut rows: Vec<Vec<String>> =
         table.map(|row| row.split('|').map(|cell| cell.trim().to_owned()).collect()).collect();
-    rows.retain(|row| !["function", "option", "column", "phase", "setting", "SQLSTATE"].contains(&row[0].as_str()));
+    rows.retain(|row| {
+        !["function", "option", "key", "column", "phase", "setting", "SQLSTATE"].contains(&row[0].as_str())
+    });
     rows
 }
 
@@ -396,11 +398,18 @@ fn the_reference_is_the_catalog() {
     let query = "SELECT concat_ws('|', name, boot_val, coalesce(unit, ''), context) FROM pg_settings WHERE name ^@ 'crossover.' ORDER BY name";
     assert_eq!(settings, first.list(query), "settings");
 
-    let refused =
-        Migration::named(&pair, "none").try_start(&shop_mapping(), &json!({"nonsense": 1})).expect_err("a refusal");
-    let detail = refused.as_db_error().and_then(|e| e.detail()).expect("a detail").to_owned();
-    let known = quoted(detail.split("expected one of").last().expect("a list"));
-    assert_eq!(as_set(&names(&page, "## Options of `migration_start`")), as_set(&known), "options: {detail}");
+    let allowed = |mapping: &Value, options: &Value| {
+        let refused = Migration::named(&pair, "none").try_start(mapping, options).expect_err("a refusal");
+        let said = explain(&refused);
+        let keys = said.split("allowed here: ").nth(1).and_then(|rest| rest.split('.').next());
+        let keys = keys.unwrap_or_else(|| panic!("no list of keys: {said}")).split(", ").map(str::to_owned);
+        keys.collect::<BTreeSet<String>>()
+    };
+    let options = as_set(&names(&page, "## Options of `migration_start`"));
+    assert_eq!(options, allowed(&shop_mapping(), &json!({"nonsense": 1})), "options");
+    let page = fs::read_to_string(docs::root().join("docs/mapping.md")).expect("the page on mappings");
+    let keys = as_set(&names(&page, "# The mapping"));
+    assert_eq!(keys, allowed(&json!({"tables": [{"nonsense": 1}]}), &json!({})), "keys of a table in a mapping");
 }
 
 /// What only the source says: the errors that it raises, and the phases.

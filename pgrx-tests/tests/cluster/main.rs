@@ -1,0 +1,35 @@
+//! The tests on real clusters, in one program: it is linked once, initializes one cluster, and leaves no processor idle between two files.
+
+mod autovacuum;
+mod both;
+mod cancel_finish;
+mod capture;
+mod conflicts;
+mod crash;
+mod docs;
+mod drop_database;
+mod encodings;
+mod failover;
+mod harness;
+mod hostile;
+mod interrupt;
+mod kill;
+mod kinds;
+mod limits;
+mod log;
+mod memory;
+mod outage;
+mod owed;
+mod partitions;
+mod pg_upgrade;
+mod pgbench;
+mod refusals;
+mod resolve;
+mod roles;
+mod server;
+mod several;
+mod snapshot;
+mod start;
+mod subscription;
+mod switch;
+mod yields;
