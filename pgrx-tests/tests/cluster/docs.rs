@@ -212,6 +212,7 @@ fn shop() -> Pair {
         "CREATE TABLE public.customer (id bigserial PRIMARY KEY, first_name text NOT NULL, last_name text NOT NULL,
              balance_cents bigint NOT NULL DEFAULT 0);
          INSERT INTO customer (first_name, last_name, balance_cents) SELECT 'Ada', 'Lovelace ' || n, n FROM generate_series(1, 1000) AS n;
+         CREATE ROLE new_owner LOGIN SUPERUSER;
          CREATE TABLE public.tag (id bigint PRIMARY KEY, label text);
          INSERT INTO tag SELECT n, 'blue' FROM generate_series(1, 1000) AS n",
     );
