@@ -14,8 +14,7 @@ use crate::error::Problem;
 /// # Errors
 /// The first thing that does not fit the form.
 pub fn read<T: DeserializeOwned>(what: &str, text: &str) -> Result<T, Problem> {
-    let value: Value =
-        serde_json::from_str(text).map_err(|e| Problem::new(what, format!("cannot be read: {e}")))?;
+    let value: Value = serde_json::from_str(text).map_err(|e| Problem::new(what, format!("cannot be read: {e}")))?;
     serde_path_to_error::deserialize(Json(&value)).map_err(|e| {
         let pointer: String = e.path().iter().map(token).collect();
         let Misfit { key, message, hint } = e.into_inner();
