@@ -89,6 +89,8 @@ pub enum Error {
     TableIsGone { name: String, table: String, taken_over: bool },
     #[error("migration \"{name}\" is paused and cannot {action}")]
     Paused { name: String, action: &'static str },
+    #[error("migration \"{name}\" is {state}, but what it has on the second server could not be removed")]
+    NotCleanedUp { name: String, state: State, cause: Box<Error> },
     #[error("migration \"{name}\" does not exist")]
     UnknownMigration { name: String },
     #[error("migration \"{name}\" already exists")]
@@ -176,6 +178,7 @@ impl Error {
             Error::OwnerCannotConnect { .. } => "28000".into(),
             Error::OwnerIsGone { .. } => "42704".into(),
             Error::TableIsGone { .. } => "42P01".into(),
+            Error::NotCleanedUp { cause, .. } => cause.sqlstate(),
             Error::Transition { .. } | Error::WrongState { .. } | Error::Paused { .. } | Error::Parked { .. } => {
                 "55000".into()
             }
@@ -217,6 +220,13 @@ impl Error {
             Error::LockTimeout { in_the_way, .. } if !in_the_way.holders.is_empty() => {
                 Some(format!("In the way:\n{}", in_the_way.holders.join("\n")))
             }
+            Error::NotCleanedUp { cause, .. } => Some(
+                [Some(format!("{cause}.")), cause.detail(), cause.hint()]
+                    .into_iter()
+                    .flatten()
+                    .collect::<Vec<_>>()
+                    .join(" "),
+            ),
             Error::OwnerCannotConnect { .. } => Some("The worker of a migration runs as the migration's owner.".into()),
             Error::Timeout { detail, .. }
             | Error::Backlog { detail, .. }
@@ -238,6 +248,9 @@ impl Error {
             },
             Error::Request { hint, .. } => return hint.clone(),
             Error::BadArgument { hint, .. } | Error::OwnerCannotConnect { hint, .. } => hint.clone(),
+            Error::NotCleanedUp { .. } => {
+                "There is nothing more to decide: the worker removes it as soon as the second server can be reached.".into()
+            }
             Error::TableIsGone { name, taken_over, .. } => {
                 let name = name.replace('\'', "''");
                 if *taken_over {

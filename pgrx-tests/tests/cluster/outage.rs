@@ -1,9 +1,10 @@
 //! In `copying` and `first` no client notices that the second server is away; when it is back, all goes on.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use pgrx_tests::cluster::{Stop, explain};
 use pgrx_tests::journal::{self, Journal};
+use pgrx_tests::schema::assert_same_dump;
 use pgrx_tests::wait::{SOON, for_a, until};
 use pgrx_tests::{Load, Migration, Pair, Tally, Witness, market};
 use serde_json::{Value, json};
@@ -178,4 +179,35 @@ fn while_replicating() {
     }
     migration.set_state("first");
     migration.cancel();
+}
+
+#[test]
+fn a_cancel_is_made_all_the_same() {
+    for force in [false, true] {
+        let pair = Pair::new();
+        market::create(&pair, 10);
+        let before = (pair.first.pg_dump_schema("app"), pair.second.pg_dump_schema("app"));
+        let migration = market::started(&pair);
+        migration.walk(&["both", "first"]);
+        pair.second.stop(Stop::Fast);
+        let called = Instant::now();
+        let cancel = format!("SELECT migration_cancel('market', '2 s', force => {force})::text");
+        let answer = pair.first.connect().query_one(&cancel, &[]);
+        if force {
+            assert_eq!(answer.expect("a cancel").get::<_, String>(0), "cancelled");
+        } else {
+            let error = answer.expect_err("the second server is away");
+            assert!(called.elapsed() >= Duration::from_secs(2), "{:?}", called.elapsed());
+            assert_eq!(error.code().map(|c| c.code()), Some("08001"), "{}", explain(&error));
+            let message =
+                "migration \"market\" is cancelled, but what it has on the second server could not be removed";
+            assert!(explain(&error).contains(message), "{}", explain(&error));
+        }
+        let status = migration.status();
+        assert_eq!((status.state(), status.phase()), ("cancelled".into(), "finishing".into()));
+        assert_same_dump("the first server", &before.0, &pair.first.pg_dump_schema("app"));
+        pair.second.start();
+        migration.until_status("is done", |s| s.phase() == "done");
+        assert_same_dump("the second server", &before.1, &pair.second.pg_dump_schema("app"));
+    }
 }

@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use super::{Next, Worker, is_transient};
 use crate::caller::Caller;
+use crate::catalog::Migration;
 use crate::cycle;
 use crate::ending;
 use crate::error::{Error, Result, Side};
@@ -142,7 +143,7 @@ impl Worker {
             }
             "finish" => {
                 ending::finish(&mut self.ctx, order, arguments["drop_first"].as_bool().unwrap_or(false))?;
-                self.clean_up(order)
+                self.clean_up(order, false)
             }
             "cancel" => {
                 ending::cancel(&mut self.ctx, order)?;
@@ -150,8 +151,7 @@ impl Worker {
                     wait_latch(Duration::from_millis(10));
                     self.copiers.retain(|c| !c.has_stopped());
                 }
-                let result = self.clean_up(order);
-                if result.is_err() && force { Ok(()) } else { result }
+                self.clean_up(order, force)
             }
             other => Err(Error::internal(format!("unknown request \"{other}\""))),
         }
@@ -164,16 +164,22 @@ impl Worker {
         Err(Error::Paused { name: self.ctx.migration.name.clone(), action })
     }
 
-    /// The second server's part of finish and cancel, as long as the caller waits; the loop goes on with it.
-    fn clean_up(&mut self, order: &Order) -> Result<()> {
+    /// The second server's part of finish and cancel, as long as the caller waits; the loop goes on with it. With `force` it is tried once.
+    ///
+    /// # Errors
+    /// `Error::NotCleanedUp`: it has ended all the same.
+    fn clean_up(&mut self, order: &Order, force: bool) -> Result<()> {
         loop {
-            match ending::clean_up(&mut self.ctx) {
-                Err(e) if !order.patience.is_over() && (e.is_contention() || is_transient(&e)) => {
-                    self.ctx.rollback_all();
-                    order.patience.pause()?;
-                }
-                result => return result,
+            let Err(e) = ending::clean_up(&mut self.ctx) else { return Ok(()) };
+            if force {
+                return Ok(());
             }
+            if order.patience.is_over() || !(e.is_contention() || is_transient(&e)) {
+                let Migration { name, state, .. } = &self.ctx.migration;
+                return Err(Error::NotCleanedUp { name: name.clone(), state: *state, cause: Box::new(e) });
+            }
+            self.ctx.rollback_all();
+            order.patience.pause()?;
         }
     }
 
