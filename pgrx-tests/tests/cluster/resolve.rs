@@ -166,6 +166,6 @@ fn wrong_calls_are_told_so_and_change_nothing() {
     migration.cancel();
     fails(&entry, "first", "55000");
     let error = migration.try_set_state("both", Duration::from_secs(60)).expect_err("it has ended");
-    assert!(explain(&error).contains("in state cancelled"), "{}", explain(&error));
+    assert!(explain(&error).contains("cannot go from cancelled to both"), "{}", explain(&error));
     migration.cancel();
 }
