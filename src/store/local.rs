@@ -227,6 +227,10 @@ impl LocalSession {
             Some(row) => session.admin = pg_sys::Oid::from(parse::<u32>(row[0].as_deref().unwrap_or("0"))?),
             None => return Err(Error::NotInstalled),
         }
+        // Whoever is in a deadlock with this process, DROP EXTENSION for one, it is this process that finds it.
+        session.begin(Isolation::ReadCommitted, &[])?;
+        session.admin_batch("SET deadlock_timeout = '30ms'")?;
+        session.commit()?;
         Ok(session)
     }
 
