@@ -13,6 +13,7 @@ use crate::mapping::ident::{Ident, RelName, quote_literal};
 use crate::mapping::rule::Pair;
 use crate::mapping::text::array_literal;
 use crate::mapping::view::{self, Grant, Managed};
+use crate::settings;
 use crate::store::local::LocalSession;
 use crate::store::{Session, parse};
 
@@ -348,6 +349,13 @@ pub fn create_rule_views(
         if migration.owner_is_superuser {
             return Ok(());
         }
+        // One at a time: of two transactions that change the schema's privileges, the second would fail.
+        session.set_lock_timeout(settings::lock_attempt())?;
+        session.admin_query(
+            "SELECT FROM pg_namespace WHERE nspname = $1::text::name FOR UPDATE",
+            &[Some(objects.schema().as_str())],
+        )?;
+        session.set_lock_timeout(std::time::Duration::ZERO)?;
         session.admin_batch(&format!(
             "{verb} USAGE, CREATE ON SCHEMA {} {word} {}",
             objects.schema(),

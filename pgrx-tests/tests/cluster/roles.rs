@@ -2,6 +2,7 @@
 //! and privileges that are missing or go away.
 
 use std::fs;
+use std::thread;
 use std::time::Duration;
 
 use pgrx_tests::cluster::{Cluster, explain};
@@ -384,7 +385,10 @@ fn strangers_neither_see_nor_steer() {
         assert_eq!(sqlstate(&error), "42501", "{relation}");
     }
     let functions = "SELECT p.oid::regprocedure::text FROM pg_proc p WHERE pronamespace = 'crossover'::regnamespace AND has_function_privilege('rival', p.oid, 'EXECUTE')";
-    assert_eq!(pair.first.list(functions), ["crossover.visible(oid)", "crossover.relation_name(text)", "crossover.why_no_worker(oid)"]);
+    assert_eq!(
+        pair.first.list(functions),
+        ["crossover.visible(oid)", "crossover.relation_name(text)", "crossover.why_no_worker(oid)"]
+    );
     let there = "SELECT c.oid::regclass::text FROM pg_class c WHERE relnamespace = 'crossover_peer'::regnamespace AND relkind = 'r'";
     for relation in pair.second.list(there) {
         let error =
@@ -659,6 +663,40 @@ fn privileges_that_go_away_and_come_back() {
 /// From PostgreSQL 17 on.
 fn worker_needs_no_login(pair: &Pair) -> bool {
     pair.first.text("SELECT current_setting('server_version_num')::int >= 170000").as_deref() == Some("t")
+}
+
+#[test]
+fn starts_at_once_do_not_fail_each_other() {
+    let scene = Scene::new();
+    let pair = &scene.pair;
+    let names: Vec<String> = (0..4).map(|i| format!("t{i}")).collect();
+    for name in &names {
+        pair.second
+            .sql(&format!("CREATE TABLE crm.{name} (id integer PRIMARY KEY); ALTER TABLE crm.{name} OWNER TO there"));
+        pair.first.sql(&format!(
+            "CREATE TABLE shop.{name} (id integer PRIMARY KEY); ALTER TABLE shop.{name} OWNER TO mover;
+             CREATE FOREIGN TABLE v2.{name} (id integer NOT NULL) SERVER second_server OPTIONS (schema_name 'crm', table_name '{name}');
+             ALTER FOREIGN TABLE v2.{name} OWNER TO mover"
+        ));
+    }
+    for _ in 0..3 {
+        thread::scope(|scope| {
+            for name in &names {
+                let mut mover = scene.mover();
+                scope.spawn(move || {
+                    let mapping =
+                        json!({"tables": [{"first": format!("shop.{name}"), "second": format!("v2.{name}")}]});
+                    mover
+                        .query_one("SELECT migration_start($1, $2)::text", &[name, &mapping])
+                        .unwrap_or_else(|e| panic!("{name}: {}", explain(&e)));
+                });
+            }
+        });
+        for name in &names {
+            call(&mut scene.mover(), &format!("migration_cancel('{name}')"))
+                .unwrap_or_else(|e| panic!("{}", explain(&e)));
+        }
+    }
 }
 
 #[test]
