@@ -700,6 +700,47 @@ fn starts_at_once_do_not_fail_each_other() {
 }
 
 #[test]
+fn what_was_lent_is_taken_back_from_a_role_of_another_name() {
+    let scene = Scene::new();
+    let pair = &scene.pair;
+    pair.first.sql(
+        "ALTER FOREIGN TABLE v2.client OWNER TO postgres; REVOKE USAGE ON SCHEMA v2 FROM mover;
+         CREATE USER MAPPING FOR postgres SERVER second_server OPTIONS (user 'postgres')",
+    );
+    let migration = Migration::start(pair, "shop", &mapping());
+    migration.until_state("first");
+    migration.walk(&["both"]);
+    let may = |role: &str| {
+        pair.first.text(&format!(
+            "SELECT concat_ws(' ', has_table_privilege('{role}', 'v2.client', 'SELECT'), has_schema_privilege('{role}', 'v2', 'USAGE'))"
+        ))
+    };
+    assert_eq!(may("mover").as_deref(), Some("t t"));
+    migration.walk(&["first"]);
+    pair.first.sql("ALTER ROLE mover RENAME TO shaker; ALTER FOREIGN TABLE v2.client RENAME TO moved");
+    pair.first.sql("ALTER FOREIGN TABLE v2.moved RENAME TO client");
+    migration.cancel();
+    assert_eq!(may("shaker").as_deref(), Some("f f"));
+}
+
+#[test]
+fn a_role_that_takes_the_name_of_another_takes_no_grants() {
+    let scene = Scene::new();
+    let pair = &scene.pair;
+    let migration = scene.started();
+    pair.first.sql("CREATE ROLE brief LOGIN; CREATE ROLE lasting LOGIN");
+    scene.go(&["both"]);
+    pair.first.sql("GRANT SELECT ON shop.client TO brief, lasting");
+    scene.go(&["first"]);
+    pair.first.sql("DROP ROLE brief; CREATE ROLE brief LOGIN; ALTER ROLE lasting RENAME TO renamed");
+    scene.go(&["both"]);
+    let may = |role: &str| pair.first.text(&format!("SELECT has_table_privilege('{role}', 'shop.client', 'SELECT')"));
+    assert_eq!((may("brief").as_deref(), may("renamed").as_deref()), (Some("f"), Some("t")));
+    scene.go(&["first"]);
+    migration.cancel();
+}
+
+#[test]
 fn an_owner_without_login() {
     let scene = Scene::new();
     scene.pair.first.sql("ALTER ROLE mover NOLOGIN");
