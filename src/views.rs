@@ -62,12 +62,11 @@ pub fn give_back(ctx: &mut Context) -> Result<()> {
             None => now.iter().all(|g| g.column.is_none() && g.grantee.as_deref() == Some(owner.as_str())),
         };
         let grants = if unchanged { before } else { Some(now) };
+        let drop_triggers =
+            if has_triggers(session, &managed)? { view::drop_triggers(&managed) } else { String::new() };
         session.batch(&format!(
-            "{}DROP VIEW {};\nALTER TABLE {} RENAME TO {};\n",
-            view::drop_triggers(&managed),
-            managed.view,
-            managed.first,
-            managed.view.name
+            "{drop_triggers}DROP VIEW {};\nALTER TABLE {} RENAME TO {};\n",
+            managed.view, managed.first, managed.view.name
         ))?;
         if let Some(grants) = grants {
             grant_like(session, &managed.view, Some(&grants))?;
@@ -85,14 +84,24 @@ pub fn point_at_first(ctx: &mut Context) -> Result<()> {
     let session = &mut ctx.first.session;
     for pair in &ctx.pairs {
         let managed = Managed::new(pair);
+        let drop_triggers =
+            if has_triggers(session, &managed)? { view::drop_triggers(&managed) } else { String::new() };
         session.batch(&format!(
-            "{}CREATE OR REPLACE VIEW {} AS {};\n",
-            view::drop_triggers(&managed),
+            "{drop_triggers}CREATE OR REPLACE VIEW {} AS {};\n",
             managed.view,
             view::over_first(pair, &managed)
         ))?;
     }
     Ok(())
+}
+
+/// Does the managed view write through triggers now? Where it does not, what has the name of their function is somebody else's.
+fn has_triggers(session: &mut LocalSession, managed: &Managed) -> Result<bool> {
+    let rows = session.query(
+        "SELECT FROM pg_trigger WHERE tgrelid = to_regclass($1::text) AND tgname = 'crossover_write'",
+        &[Some(&managed.view.to_string())],
+    )?;
+    Ok(!rows.is_empty())
 }
 
 /// Points the managed views at the second store, through the backward rules.

@@ -741,6 +741,24 @@ fn a_role_that_takes_the_name_of_another_takes_no_grants() {
 }
 
 #[test]
+fn a_function_under_a_reserved_name_keeps_nobody_from_going_back() {
+    let scene = Scene::new();
+    let pair = &scene.pair;
+    let migration = scene.started();
+    pair.first
+        .connect_as("rival")
+        .batch_execute("CREATE FUNCTION shop.customer__write() RETURNS integer LANGUAGE sql AS 'SELECT 1'")
+        .expect("a function");
+    scene.go(&["both"]);
+    let error =
+        set_state(&mut scene.mover(), "shop", "second", Duration::from_secs(10)).expect_err("the name is taken");
+    assert_eq!(sqlstate(&error), "42723", "{}", explain(&error));
+    scene.go(&["first"]);
+    migration.cancel();
+    assert_eq!(pair.first.text("SELECT shop.customer__write()").as_deref(), Some("1"));
+}
+
+#[test]
 fn an_owner_without_login() {
     let scene = Scene::new();
     scene.pair.first.sql("ALTER ROLE mover NOLOGIN");
