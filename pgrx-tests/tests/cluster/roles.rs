@@ -759,6 +759,19 @@ fn a_function_under_a_reserved_name_keeps_nobody_from_going_back() {
 }
 
 #[test]
+fn a_worker_is_its_owner_whatever_role_it_would_be_set_to() {
+    let scene = Scene::new();
+    scene.pair.first.sql("CREATE ROLE team; GRANT team TO mover; ALTER ROLE mover SET role = 'team'");
+    let mut mover = scene.mover();
+    mover.batch_execute("SET ROLE NONE").expect("a role");
+    start(&mut mover, &json!({})).unwrap_or_else(|e| panic!("{}", explain(&e)));
+    let migration = Migration::named(&scene.pair, "shop");
+    migration.until_state("first");
+    migration.walk(&["both", "second", "both", "first"]);
+    migration.cancel();
+}
+
+#[test]
 fn an_owner_without_login() {
     let scene = Scene::new();
     scene.pair.first.sql("ALTER ROLE mover NOLOGIN");
