@@ -90,8 +90,10 @@ test-pgrx: setup ## the SQL surface, inside a server (cargo pgrx test)
 test-regress: test-build ## the SQL surface, as a client sees it (pg_regress)
 	.ci/regress $(CLUSTER_PG_CONFIG) $(T)
 
+# Tests wait more than they compute.
 test-cluster: test-build ## real clusters, real clients; one test: make test-cluster T=name
-	PG_CONFIG=$(CLUSTER_PG_CONFIG) $(HARNESS) test --manifest-path pgrx-tests/Cargo.toml $(T) $(addprefix -- --skip ,$(SKIP))
+	PG_CONFIG=$(CLUSTER_PG_CONFIG) RUST_TEST_THREADS=$${RUST_TEST_THREADS:-$$(( 2 * $$(nproc) ))} \
+	    $(HARNESS) test --manifest-path pgrx-tests/Cargo.toml $(T) $(addprefix -- --skip ,$(SKIP))
 
 test-build: setup ## the extension with fault points, in the throwaway prefix
 	@$(MAKE) --silent $(INSTALLED)

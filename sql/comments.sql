@@ -74,6 +74,7 @@ COMMENT ON COLUMN crossover.migrated_table.rows_estimated IS 'rows in it when th
 COMMENT ON COLUMN crossover.migrated_table.copy_started IS 'when its copy began';
 COMMENT ON COLUMN crossover.migrated_table.copy_finished IS 'when its copy was complete';
 COMMENT ON COLUMN crossover.migrated_table.grants IS 'privileges that the table had before the takeover, JSON';
+COMMENT ON COLUMN crossover.migrated_table.second_grants IS 'privileges that the view of the second shape had when it was hidden last, JSON';
 COMMENT ON COLUMN crossover.migrated_table.take_back IS 'what was granted for the life of the migration: roles and objects by oid, JSON';
 COMMENT ON COLUMN crossover.migrated_table.last_chunk IS 'number of the last chunk handed out';
 COMMENT ON COLUMN crossover.migrated_table.last_key IS 'where that chunk ends';
@@ -88,6 +89,7 @@ COMMENT ON COLUMN crossover.chunk.worker IS 'pid of the copy worker that has it'
 
 COMMENT ON COLUMN crossover.activity.migration_id IS 'its migration';
 COMMENT ON COLUMN crossover.activity.worker_pid IS 'the worker, if it still runs';
+COMMENT ON COLUMN crossover.activity.worker_role IS 'the role that it runs as';
 COMMENT ON COLUMN crossover.activity.backlog_rows IS 'changed rows that have not arrived yet';
 COMMENT ON COLUMN crossover.activity.backlog_since IS 'when the oldest of them was changed';
 COMMENT ON COLUMN crossover.activity.log_bytes IS 'size of the change logs in use';

@@ -88,13 +88,16 @@ pub fn first_server(
         key(session, named, first.kind, &mut table, &mut problems)?;
         match Pair::compile(i, named, table, second.table) {
             Ok(pair) => {
-                expressions(session, named, &pair, &mut problems)?;
+                if matches!(first.kind, 'r' | 'p') {
+                    expressions(session, named, &pair, &mut problems)?;
+                }
                 checked.first_tables.push((first.table.oid, first.table.rel.clone()));
                 checked.pairs.push(pair);
             }
             Err(found) => problems.extend(found),
         }
     }
+    let is_one = servers.len() == 1;
     if servers.len() > 1 {
         problems.push(
             Problem::new("mapping", "the foreign tables lie on more than one server")
@@ -104,7 +107,8 @@ pub fn first_server(
     for server in &servers {
         user_mapping(session, *server, migration.owner, None, &mut problems)?;
     }
-    checked.server_id = servers.into_iter().next().unwrap_or(0);
+    // With more than one, there is none to look at.
+    checked.server_id = servers.into_iter().next().filter(|_| is_one).unwrap_or(0);
     Ok((checked, problems))
 }
 
@@ -167,8 +171,7 @@ fn owner(name: &RelName, relation: &Relation, migration: &Migration, problems: &
     if relation.owner != migration.owner && !migration.owner_is_superuser {
         problems.push(
             Problem::new(name, format!("is not owned by {}", migration.owner_name))
-                .hint("All tables of a migration belong to the role that starts it: SET ROLE to their owner.")
-                .privilege(),
+                .hint("All tables of a migration belong to the role that starts it: SET ROLE to their owner."),
         );
     }
 }
@@ -316,6 +319,7 @@ fn key(
     if let Some(declared) = &named.key {
         table.key = declared.iter().map(Ident::new).collect();
         if declared.is_empty() || !catalog::is_key(session, table.oid, &table.key)? {
+            table.key.clear();
             problems.push(
                 Problem::new(&named.first, format!("no unique index makes ({}) a key", declared.join(", "))).hint(
                     "A key is exactly the columns of an immediate, non-partial unique index, and they are NOT NULL.",

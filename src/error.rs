@@ -43,22 +43,15 @@ pub struct Problem {
     pub object: String,
     pub message: String,
     pub hint: Option<String>,
-    /// It is a lack of privileges and nothing else.
-    pub privilege: bool,
 }
 
 impl Problem {
     pub fn new(object: impl fmt::Display, message: impl Into<String>) -> Self {
-        Problem { object: object.to_string(), message: message.into(), hint: None, privilege: false }
+        Problem { object: object.to_string(), message: message.into(), hint: None }
     }
 
     pub fn hint(mut self, hint: impl Into<String>) -> Self {
         self.hint = Some(hint.into());
-        self
-    }
-
-    pub fn privilege(mut self) -> Self {
-        self.privilege = true;
         self
     }
 }
@@ -192,7 +185,6 @@ impl Error {
             Error::StillParked { .. } => "55000".into(),
             Error::UnknownMigration { .. } | Error::UnknownConflict { .. } => "42704".into(),
             Error::NameTaken { .. } => "42710".into(),
-            Error::Mapping { problems, .. } if problems.iter().all(|p| p.privilege) => "42501".into(),
             Error::Mapping { .. } | Error::Options { .. } | Error::BadArgument { .. } => "22023".into(),
             Error::Misfit { .. } => "55000".into(),
             Error::NameTooLong { .. } => "42622".into(),
@@ -257,7 +249,7 @@ impl Error {
             Error::OwnerIsGone { .. } => {
                 "As a superuser, give the migration to the role that owns its tables now: UPDATE crossover.migration SET owner = 'new_owner'::regrole WHERE name = '...'; then call migration_wait.".into()
             }
-            Error::WrongState { name, state, hint, .. } if hint.is_empty() => state.allowed_hint(&literal(name)),
+            Error::WrongState { name, state, hint: "", .. } => state.allowed_hint(&literal(name)),
             Error::WrongState { name, state, hint, .. } => format!("{hint} {}", state.allowed_hint(&literal(name))),
             Error::Transition { name, from, .. } => from.allowed_hint(&literal(name)),
             Error::Paused { name, .. } => format!("SELECT migration_resume({});", literal(name)),
@@ -319,7 +311,7 @@ impl Error {
                 "Call it in a transaction that is READ WRITE; see default_transaction_read_only for what new ones are.".into()
             }
             Error::Diverged { name, state, .. } => format!(
-                "No store is newly exposed until all rows have been {}: migration_set_state({}, '{state}', force => true).",
+                "No store is newly exposed until all rows have been {}: SELECT migration_set_state({}, '{state}', force => true);",
                 if *state == State::Copying { "copied again" } else { "compared" },
                 literal(name)
             ),

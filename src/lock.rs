@@ -95,8 +95,8 @@ pub fn wait_latch(timeout: Duration) {
 }
 
 /// Who holds a lock on these relations that keeps a switch out, on the server that `session` speaks to: with `readers`, also those
-/// that have only read a table. Reads only. Not what they are doing: the text of a statement
-/// is not for other roles, and may hold a password.
+/// that have only read a table. Reads only. Not what they are doing: the text of a statement is not for other roles, and may hold a
+/// password.
 pub fn in_the_way<S: Session>(
     session: &mut S,
     oids: &[u32],
@@ -117,7 +117,8 @@ pub fn in_the_way<S: Session>(
     let oids = array_literal(trees.iter().filter_map(|r| r[0].as_deref()));
     let rows = session.admin_query(
         "SELECT l.pid::text, a.application_name, a.usename::text, a.state, round(extract(epoch FROM clock_timestamp() - a.xact_start))::text, \
-                string_agg(DISTINCT l.mode || ' on ' || l.relation::regclass, ', ') \
+                string_agg(DISTINCT l.mode || ' on ' || l.relation::regclass, ', '), \
+                bool_or(l.mode <> 'RowShareLock' OR $2::text::boolean OR EXISTS (SELECT FROM pg_class c WHERE c.oid = l.relation AND c.relkind = 'v')) \
            FROM pg_locks l JOIN pg_stat_activity a ON a.pid = l.pid \
           WHERE l.relation = ANY ($1::text::oid[]) AND l.granted AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database()) \
             AND l.pid <> pg_backend_pid() \
@@ -125,7 +126,8 @@ pub fn in_the_way<S: Session>(
           GROUP BY l.pid, a.application_name, a.usename, a.state, a.xact_start ORDER BY a.xact_start, l.pid",
         &[Some(&oids), Some(if readers { "t" } else { "f" })],
     )?;
-    let is_caller = rows.iter().any(|r| r[0].as_deref() == Some(caller.as_str()));
+    // What locks rows alone is in the way of some switches only: let the time decide.
+    let is_caller = rows.iter().any(|r| r[0].as_deref() == Some(caller.as_str()) && r[6].as_deref() == Some("t"));
     let mut holders: Vec<String> = rows
         .into_iter()
         .map(|r| {

@@ -7,37 +7,38 @@ use postgres::{Client, SimpleQueryMessage};
 
 use crate::cluster::{Cluster, explain};
 
-/// Catalogs as a whole; of `pg_class` not what VACUUM and ANALYZE write, nor which files the logs of changes have after a TRUNCATE.
+/// Catalogs, but for the objects that every database has from the beginning (FirstNormalObjectId); of `pg_class` not what VACUUM and ANALYZE write (they also take back
+/// that a table has triggers, once it has none), nor which files the logs of changes have after a TRUNCATE.
 const CATALOGS: &[(&str, &str)] = &[
     (
         "pg_class",
-        "SELECT to_jsonb(c) - '{relpages,reltuples,relallvisible,relallfrozen,relfrozenxid,relminmxid}'::text[]
+        "SELECT to_jsonb(c) - '{relpages,reltuples,relallvisible,relallfrozen,relfrozenxid,relminmxid,relhasindex,relhasrules,relhastriggers,relhassubclass}'::text[]
                 - CASE WHEN n.nspname ~ '^(crossover|pg_toast)' THEN 'relfilenode' ELSE '' END
-         FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace",
+         FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid >= 16384",
     ),
-    ("pg_attribute", "SELECT to_jsonb(a) FROM pg_attribute a"),
-    ("pg_attrdef", "SELECT to_jsonb(d) FROM pg_attrdef d"),
+    ("pg_attribute", "SELECT to_jsonb(a) FROM pg_attribute a WHERE a.attrelid >= 16384"),
+    ("pg_attrdef", "SELECT to_jsonb(d) FROM pg_attrdef d WHERE d.oid >= 16384"),
     ("pg_auth_members", "SELECT to_jsonb(m) FROM pg_auth_members m"),
     ("pg_authid", "SELECT to_jsonb(a) FROM pg_authid a"),
-    ("pg_constraint", "SELECT to_jsonb(c) FROM pg_constraint c"),
+    ("pg_constraint", "SELECT to_jsonb(c) FROM pg_constraint c WHERE c.oid >= 16384"),
     ("pg_db_role_setting", "SELECT to_jsonb(s) FROM pg_db_role_setting s"),
     ("pg_default_acl", "SELECT to_jsonb(a) FROM pg_default_acl a"),
-    ("pg_depend", "SELECT to_jsonb(d) FROM pg_depend d"),
-    ("pg_description", "SELECT to_jsonb(d) FROM pg_description d"),
+    ("pg_depend", "SELECT to_jsonb(d) FROM pg_depend d WHERE d.objid >= 16384"),
+    ("pg_description", "SELECT to_jsonb(d) FROM pg_description d WHERE d.objoid >= 16384"),
     ("pg_event_trigger", "SELECT to_jsonb(e) FROM pg_event_trigger e"),
     ("pg_extension", "SELECT to_jsonb(e) FROM pg_extension e"),
     ("pg_foreign_server", "SELECT to_jsonb(s) FROM pg_foreign_server s"),
     ("pg_foreign_table", "SELECT to_jsonb(t) FROM pg_foreign_table t"),
-    ("pg_index", "SELECT to_jsonb(i) FROM pg_index i"),
+    ("pg_index", "SELECT to_jsonb(i) FROM pg_index i WHERE i.indrelid >= 16384"),
     ("pg_inherits", "SELECT to_jsonb(i) FROM pg_inherits i"),
     ("pg_namespace", "SELECT to_jsonb(n) FROM pg_namespace n"),
     ("pg_policy", "SELECT to_jsonb(p) FROM pg_policy p"),
-    ("pg_proc", "SELECT to_jsonb(p) FROM pg_proc p"),
+    ("pg_proc", "SELECT to_jsonb(p) FROM pg_proc p WHERE p.oid >= 16384"),
     ("pg_publication", "SELECT to_jsonb(p) FROM pg_publication p"),
     ("pg_replication_slots", "SELECT to_jsonb(s.slot_name) FROM pg_replication_slots s"),
-    ("pg_rewrite", "SELECT to_jsonb(r) FROM pg_rewrite r"),
-    ("pg_trigger", "SELECT to_jsonb(t) FROM pg_trigger t"),
-    ("pg_type", "SELECT to_jsonb(t) FROM pg_type t"),
+    ("pg_rewrite", "SELECT to_jsonb(r) FROM pg_rewrite r WHERE r.oid >= 16384"),
+    ("pg_trigger", "SELECT to_jsonb(t) FROM pg_trigger t WHERE t.oid >= 16384"),
+    ("pg_type", "SELECT to_jsonb(t) FROM pg_type t WHERE t.oid >= 16384"),
     ("pg_user_mapping", "SELECT to_jsonb(m) FROM pg_user_mapping m"),
 ];
 

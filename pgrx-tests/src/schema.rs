@@ -3,7 +3,9 @@
 use std::collections::HashMap;
 use std::fmt::Write as _;
 
-use crate::cluster::Cluster;
+use postgres::Client;
+
+use crate::cluster::{Cluster, explain};
 use crate::pair::Pair;
 
 /// Asserts that two dumps are the same to the byte, or shows the lines that differ.
@@ -59,10 +61,16 @@ pub fn traces(cluster: &Cluster) -> Vec<String> {
 /// Processes that work for a migration: workers on the first server, their connections on the second. The launcher, which
 /// belongs to the library and not to a migration, does not count.
 pub fn workers(pair: &Pair) -> Vec<String> {
+    [&pair.first, &pair.second].into_iter().flat_map(|cluster| workers_of(&mut cluster.connect_soon())).collect()
+}
+
+/// The same, of one server.
+pub fn workers_of(client: &mut Client) -> Vec<String> {
     let query = "SELECT concat_ws(' ', pid, backend_type, application_name, query) FROM pg_stat_activity
                  WHERE (backend_type ILIKE '%crossover%' OR application_name ILIKE '%crossover%')
                    AND backend_type NOT ILIKE '%launcher%' AND pid <> pg_backend_pid()";
-    [&pair.first, &pair.second].into_iter().flat_map(|cluster| cluster.list(query)).collect()
+    let rows = client.query(query, &[]).unwrap_or_else(|e| panic!("{}", explain(&e)));
+    rows.iter().map(|row| row.get(0)).collect()
 }
 
 #[cfg(test)]

@@ -7,6 +7,7 @@ use pgrx::datum::Interval;
 use pgrx::pg_sys;
 use pgrx::prelude::*;
 
+use self::document::Document;
 use crate::caller::Caller;
 use crate::error::{Error, Result, report};
 use crate::lock::wait_latch;
@@ -17,6 +18,7 @@ use crate::version;
 use crate::worker::clerk::{Reply, Request, Segment, Start};
 use crate::worker::{is_preloaded, my_database, start_clerk};
 
+mod document;
 mod status;
 #[cfg(any(test, feature = "pg_test"))]
 mod tests;
@@ -68,12 +70,11 @@ extension_sql_file!("../../sql/privileges.sql", name = "privileges", requires = 
 #[pg_extern]
 fn migration_start(
     name: &str,
-    mapping: JsonB,
-    options: default!(JsonB, "'{}'"),
+    mapping: Document,
+    options: default!(Document, "'{}'"),
     timeout: default!(Interval, "'30 seconds'"),
 ) -> migration_state {
-    let text = mapping.0.to_string();
-    let options = options.0.to_string();
+    let (text, options) = (mapping.0, options.0);
     or_report((|| {
         check_name(name)?;
         Mapping::parse(&text).map_err(|problems| Error::Mapping { name: name.to_string(), problems })?;

@@ -14,8 +14,7 @@ use crate::error::Problem;
 /// # Errors
 /// The first thing that does not fit the form.
 pub fn read<T: DeserializeOwned>(what: &str, text: &str) -> Result<T, Problem> {
-    let value: Value =
-        serde_json::from_str(text).map_err(|e| Problem::new(what, format!("is not JSON that can be read: {e}")))?;
+    let value: Value = serde_json::from_str(text).map_err(|e| Problem::new(what, format!("cannot be read: {e}")))?;
     serde_path_to_error::deserialize(Json(&value)).map_err(|e| {
         let pointer: String = e.path().iter().map(token).collect();
         let Misfit { key, message, hint } = e.into_inner();
@@ -93,10 +92,7 @@ impl serde::de::Error for Misfit {
 
     fn unknown_variant(variant: &str, expected: &'static [&'static str]) -> Self {
         let quoted: Vec<String> = expected.iter().map(|v| format!("\"{v}\"")).collect();
-        Misfit {
-            hint: Some(format!("It can be {}.", quoted.join(", "))),
-            ..Misfit::new(format!("cannot be \"{variant}\""))
-        }
+        Misfit { hint: Some(format!("It can be {}.", quoted.join(", "))), ..Misfit::new(format!("is \"{variant}\"")) }
     }
 
     fn unknown_field(_: &str, expected: &'static [&'static str]) -> Self {
@@ -269,7 +265,7 @@ mod tests {
             (r#"{"copy_workers": 3000000000}"#, "/copy_workers: is 3000000000, which is out of range ()"),
             (r#"{"fence": "yes"}"#, "/fence: is a string, not a boolean ()"),
             (r#"{"target": 1}"#, "/target: is a number, not a string ()"),
-            (r#"{"target": "full"}"#, r#"/target: cannot be "full" (It can be "empty", "truncate".)"#),
+            (r#"{"target": "full"}"#, r#"/target: is "full" (It can be "empty", "truncate".)"#),
         ] {
             assert_eq!(misfit::<Options>(text), expected, "{text}");
         }

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 
-use pgrx_tests::cluster::Stop;
+use pgrx_tests::cluster::{Stop, explain};
 use pgrx_tests::docs::{self, Block, Item, Kind, Server};
 use pgrx_tests::{Cluster, Migration, Pair};
 use serde_json::{Value, json};
@@ -212,6 +212,7 @@ fn shop() -> Pair {
         "CREATE TABLE public.customer (id bigserial PRIMARY KEY, first_name text NOT NULL, last_name text NOT NULL,
              balance_cents bigint NOT NULL DEFAULT 0);
          INSERT INTO customer (first_name, last_name, balance_cents) SELECT 'Ada', 'Lovelace ' || n, n FROM generate_series(1, 1000) AS n;
+         CREATE ROLE new_owner LOGIN SUPERUSER;
          CREATE TABLE public.tag (id bigint PRIMARY KEY, label text);
          INSERT INTO tag SELECT n, 'blue' FROM generate_series(1, 1000) AS n",
     );
@@ -338,7 +339,9 @@ fn rows(lines: &[&str]) -> Vec<Vec<String>> {
     let table = lines.iter().filter_map(|line| line.strip_prefix("| ")?.strip_suffix('|'));
     let mut rows: Vec<Vec<String>> =
         table.map(|row| row.split('|').map(|cell| cell.trim().to_owned()).collect()).collect();
-    rows.retain(|row| !["function", "option", "column", "phase", "setting", "SQLSTATE"].contains(&row[0].as_str()));
+    rows.retain(|row| {
+        !["function", "option", "key", "column", "phase", "setting", "SQLSTATE"].contains(&row[0].as_str())
+    });
     rows
 }
 
@@ -396,11 +399,18 @@ fn the_reference_is_the_catalog() {
     let query = "SELECT concat_ws('|', name, boot_val, coalesce(unit, ''), context) FROM pg_settings WHERE name ^@ 'crossover.' ORDER BY name";
     assert_eq!(settings, first.list(query), "settings");
 
-    let refused =
-        Migration::named(&pair, "none").try_start(&shop_mapping(), &json!({"nonsense": 1})).expect_err("a refusal");
-    let hint = refused.as_db_error().and_then(|e| e.hint()).expect("a hint").to_owned();
-    let known = hint.trim_end_matches('.').split(": ").last().expect("a list").split(", ").map(str::to_owned);
-    assert_eq!(as_set(&names(&page, "## Options of `migration_start`")), known.collect(), "options: {hint}");
+    let allowed = |mapping: &Value, options: &Value| {
+        let refused = Migration::named(&pair, "none").try_start(mapping, options).expect_err("a refusal");
+        let said = explain(&refused);
+        let keys = said.split("allowed here: ").nth(1).and_then(|rest| rest.split('.').next());
+        let keys = keys.unwrap_or_else(|| panic!("no list of keys: {said}")).split(", ").map(str::to_owned);
+        keys.collect::<BTreeSet<String>>()
+    };
+    let options = as_set(&names(&page, "## Options of `migration_start`"));
+    assert_eq!(options, allowed(&shop_mapping(), &json!({"nonsense": 1})), "options");
+    let page = fs::read_to_string(docs::root().join("docs/mapping.md")).expect("the page on mappings");
+    let keys = as_set(&names(&page, "# The mapping"));
+    assert_eq!(keys, allowed(&json!({"tables": [{"nonsense": 1}]}), &json!({})), "keys of a table in a mapping");
 }
 
 /// What only the source says: the errors that it raises, and the phases.

@@ -384,10 +384,10 @@ fn strangers_neither_see_nor_steer() {
         let error = rival.query(&format!("{verb} FROM {relation}"), &[]).expect_err(&relation);
         assert_eq!(sqlstate(&error), "42501", "{relation}");
     }
-    let functions = "SELECT p.oid::regprocedure::text FROM pg_proc p WHERE pronamespace = 'crossover'::regnamespace AND has_function_privilege('rival', p.oid, 'EXECUTE')";
+    let functions = "SELECT p.oid::regprocedure::text FROM pg_proc p WHERE pronamespace = 'crossover'::regnamespace AND has_function_privilege('rival', p.oid, 'EXECUTE') ORDER BY proname";
     assert_eq!(
         pair.first.list(functions),
-        ["crossover.visible(oid)", "crossover.relation_name(text)", "crossover.why_no_worker(oid)"]
+        ["crossover.relation_name(text)", "crossover.visible(oid)", "crossover.why_no_worker(oid)"]
     );
     let there = "SELECT c.oid::regclass::text FROM pg_class c WHERE relnamespace = 'crossover_peer'::regnamespace AND relkind = 'r'";
     for relation in pair.second.list(there) {

@@ -188,7 +188,10 @@ impl LocalSession {
                 "Convert them to text first, in a way that does not: to_char(column AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.US'), for example.".into(),
             ),
             Use::Table(oid) => {
-                let rows = self.query("SELECT $1::text::oid::regclass::text", &[Some(&oid.to_string())])?;
+                let rows = self.query(
+                    "SELECT format('%I.%I', n.nspname, c.relname) FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = $1::text::oid",
+                    &[Some(&oid.to_string())],
+                )?;
                 let table = rows[0][0].as_deref().unwrap_or("?");
                 objection(format!("reads table {table}"), "An expression may use the columns of one row only: changes of other rows would not be noticed.".into())
             }
@@ -217,6 +220,13 @@ impl LocalSession {
                 message: format!("{message} with a value of type {leaf}"),
                 hint: to_text_hint(&leaf, "column"),
             }));
+        }
+        if called.built_in && called.name.contains("_populate_record") {
+            // The first argument is of the type that is read.
+            let read = called.arguments.get(..1).unwrap_or_default();
+            let Some(leaf) = self.unsettled(read, "input")? else { return Ok(None) };
+            let message = format!("{message} for a value of type {leaf}");
+            return Ok(Some(Objection { is_volatile: false, message, hint: of_text_hint(&leaf) }));
         }
         Ok(Some(Objection { is_volatile: false, message, hint: function_hint(called) }))
     }
@@ -335,6 +345,9 @@ fn function_hint(called: &Called) -> String {
         }
         "date" | "time" | "timestamp" | "timetz" | "date_trunc" | "date_part" | "extract" if called.takes_timestamptz => {
             "Say in which time zone, and go on with that: column AT TIME ZONE 'UTC'.".into()
+        }
+        name if name.contains("_timestamptz") || name.starts_with("timestamptz_") => {
+            "Say in which time zone: column AT TIME ZONE 'UTC' makes one of the two types of the other.".into()
         }
         _ => wrap_hint(),
     }

@@ -1,4 +1,4 @@
--- Errors that come before anything is touched: names, options, mappings, moves. One migration at a time tells all that is wrong.
+-- Errors that come before anything is touched, as psql shows them; the tests on clusters have the whole table of them.
 SET client_min_messages = warning;
 CREATE EXTENSION IF NOT EXISTS postgres_fdw;
 CREATE EXTENSION IF NOT EXISTS pg_crossover;
@@ -10,7 +10,6 @@ CREATE DATABASE regress_errors_second;
 \connect regress_errors_second
 CREATE SCHEMA s2;
 CREATE TABLE s2.t (id bigint PRIMARY KEY, label text NOT NULL, amount numeric(10,2));
-CREATE TABLE s2.other (id text PRIMARY KEY, label text NOT NULL);
 CREATE TABLE s2.filled (id bigint PRIMARY KEY);
 INSERT INTO s2.filled VALUES (1);
 \connect regression
@@ -23,11 +22,6 @@ IMPORT FOREIGN SCHEMA s2 FROM SERVER errors_second INTO f2;
 CREATE TABLE s1.t (id bigint PRIMARY KEY, name text NOT NULL, cents bigint);
 CREATE TABLE s1.filled (id bigint PRIMARY KEY);
 CREATE TABLE s1.keyless (id bigint, label text, amount numeric(10,2));
-CREATE UNLOGGED TABLE s1.unlogged (id bigint PRIMARY KEY, label text NOT NULL, amount numeric(10,2));
-CREATE TABLE s1.parent (id bigint PRIMARY KEY, label text NOT NULL, amount numeric(10,2));
-CREATE TABLE s1.child (extra int) INHERITS (s1.parent);
-CREATE TABLE s1.secret (id bigint PRIMARY KEY, label text NOT NULL, amount numeric(10,2));
-ALTER TABLE s1.secret ENABLE ROW LEVEL SECURITY;
 CREATE TABLE s1.viewed (id bigint PRIMARY KEY, label text NOT NULL, amount numeric(10,2));
 CREATE VIEW s1.a_view AS SELECT * FROM s1.viewed;
 
@@ -49,8 +43,6 @@ SELECT migration_start(NULL, '{}');
 -- The form of the mapping.
 SELECT migration_start('m1', '{}');
 \echo :SQLSTATE
-SELECT migration_start('m2', '{"tables": []}');
-\echo :SQLSTATE
 SELECT migration_start('m3', '{"tables": [{"first": "s1.t", "second": "f2.t", "foreward": {}}]}');
 \echo :SQLSTATE
 SELECT migration_start('m4', '{"tables": [{"first": "t", "second": "f2.t.x", "forward": {"label": 1}}]}');
@@ -58,8 +50,6 @@ SELECT migration_start('m4', '{"tables": [{"first": "t", "second": "f2.t.x", "fo
 
 -- Options.
 SELECT migration_start('m5', '{"tables": [{"first": "s1.filled", "second": "f2.filled"}]}', '{"speed": "high"}');
-\echo :SQLSTATE
-SELECT migration_start('m6', '{"tables": [{"first": "s1.filled", "second": "f2.filled"}]}', '{"copy_workers": 0}');
 \echo :SQLSTATE
 SELECT migration_start('m7', '{"tables": [{"first": "s1.filled", "second": "f2.filled"}]}', '{"conflicts": "dice"}');
 \echo :SQLSTATE
@@ -73,21 +63,9 @@ SELECT migration_start('m10', '{"tables": [{"first": "s1.t", "second": "f2.t", "
 \echo :SQLSTATE
 SELECT migration_start('m11', '{"tables": [{"first": "s1.t", "second": "f2.t", "forward": {"label": "nmae", "amount": "cents / 100.0"}, "backward": {"name": "label", "cents": "amount * "}}]}');
 \echo :SQLSTATE
-SELECT migration_start('m12', '{"tables": [{"first": "s1.viewed", "second": "f2.t"}]}');
-\echo :SQLSTATE
 SELECT migration_start('m13', '{"tables": [{"first": "s1.t", "second": "f2.t", "forward": {"label": "name || random()", "amount": "cents / 100.0"}, "backward": {"name": "label", "cents": "(amount * 100)::bigint"}}]}');
 \echo :SQLSTATE
-SELECT migration_start('m14', '{"tables": [{"first": "s1.t", "second": "f2.t", "forward": {"id": "id + 1", "label": "name", "amount": "cents / 100.0"}, "backward": {"id": "id - 1", "cents": "(amount * 100)::bigint"}}]}');
-\echo :SQLSTATE
-SELECT migration_start('m15', '{"tables": [{"first": "s1.t", "second": "f2.other", "forward": {"label": "name"}, "backward": {"cents": "0"}}]}');
-\echo :SQLSTATE
 SELECT migration_start('m16', '{"tables": [{"first": "s1.keyless", "second": "f2.t"}]}');
-\echo :SQLSTATE
-SELECT migration_start('m17', '{"tables": [{"first": "s1.unlogged", "second": "f2.t"}]}');
-\echo :SQLSTATE
-SELECT migration_start('m18', '{"tables": [{"first": "s1.parent", "second": "f2.t"}]}');
-\echo :SQLSTATE
-SELECT migration_start('m19', '{"tables": [{"first": "s1.secret", "second": "f2.t"}]}');
 \echo :SQLSTATE
 
 -- The second table must be empty.
