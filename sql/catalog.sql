@@ -32,7 +32,7 @@ CREATE TABLE crossover.migrated_table (
     copy_finished  timestamptz,
     grants         text,                  -- as the table had them before the takeover
     second_grants  text,                  -- as the view of the second shape had them when it was hidden last
-    take_back      text,                  -- REVOKEs of what the table's owner was granted for the sake of the view
+    take_back      jsonb,                 -- what the table's owner was granted for the sake of the view: kind, role and object, by oid
     last_chunk     bigint NOT NULL DEFAULT 0,
     last_key       text,                  -- end of the last chunk handed out
     handed_out     boolean NOT NULL DEFAULT false,  -- the last chunk has been

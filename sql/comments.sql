@@ -75,7 +75,7 @@ COMMENT ON COLUMN crossover.migrated_table.copy_started IS 'when its copy began'
 COMMENT ON COLUMN crossover.migrated_table.copy_finished IS 'when its copy was complete';
 COMMENT ON COLUMN crossover.migrated_table.grants IS 'privileges that the table had before the takeover, JSON';
 COMMENT ON COLUMN crossover.migrated_table.second_grants IS 'privileges that the view of the second shape had when it was hidden last, JSON';
-COMMENT ON COLUMN crossover.migrated_table.take_back IS 'statements that revoke what was granted for the life of the migration';
+COMMENT ON COLUMN crossover.migrated_table.take_back IS 'what was granted for the life of the migration: roles and objects by oid, JSON';
 COMMENT ON COLUMN crossover.migrated_table.last_chunk IS 'number of the last chunk handed out';
 COMMENT ON COLUMN crossover.migrated_table.last_key IS 'where that chunk ends';
 COMMENT ON COLUMN crossover.migrated_table.handed_out IS 'the last chunk of the table has been handed out';

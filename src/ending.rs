@@ -78,13 +78,14 @@ fn keep_sequences(ctx: &mut Context, table: u32) -> Result<()> {
     Ok(())
 }
 
-/// Undoes everything from `copying` or `first`.
-pub fn cancel(ctx: &mut Context, order: &Order) -> Result<()> {
+/// Undoes everything from `copying` or `first`; from any state where `regardless`, as there is nothing to go on with.
+pub fn cancel(ctx: &mut Context, order: &Order, regardless: bool) -> Result<()> {
     let from = ctx.migration.state;
     if from == State::Cancelled {
         return Ok(());
     }
-    if !from.allows(State::Cancelled, By::Cancel) {
+    let may = from.allows(State::Cancelled, By::Cancel) || regardless && !from.has_ended();
+    if !may {
         return Err(Error::WrongState {
             name: ctx.migration.name.clone(),
             action: "be cancelled",

@@ -276,7 +276,10 @@ impl Error {
             Error::Options { problem, .. } => problem.hint.clone().unwrap_or_else(|| {
                 "Nothing was changed. Correct the options and call migration_start again.".into()
             }),
-            Error::Misfit { .. } => "Undo what was changed of the tables' columns.".into(),
+            Error::Misfit { name, .. } => format!(
+                "Undo what was changed of the tables' columns. Or SELECT migration_cancel({}, force => true) ends it; tables and views keep the names that they have now.",
+                literal(name)
+            ),
             Error::NotOwner { owner, .. } => format!("SET ROLE {owner};"),
             Error::UnknownMigration { .. } => "SELECT name, state FROM migration_status lists the migrations of this database.".into(),
             Error::UnknownConflict { .. } => {

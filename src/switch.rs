@@ -24,7 +24,7 @@ use crate::mapping::rule::Pair;
 use crate::settings;
 use crate::state::{Phase, State};
 use crate::statistics;
-use crate::store::{Isolation, Session, Store, Watermark};
+use crate::store::{Isolation, Session, Store, Watermark, parse};
 use crate::views;
 
 /// Scopes that a last cycle may have to apply while clients wait, however long it takes.
@@ -215,10 +215,22 @@ pub fn lock_first(
     }
     ctx.first.session.lock_relations(&views, pg_sys::AccessExclusiveLock as i32, deadline)?;
     if let Some(mode) = tables {
-        let oids: Vec<u32> = ctx.first_tables.iter().map(|(oid, _)| *oid).collect();
+        let mut oids: Vec<u32> = ctx.first_tables.iter().map(|(oid, _)| *oid).collect();
+        if oids.is_empty() {
+            oids = first_tables_left(ctx)?;
+        }
         ctx.first.session.lock_relations(&oids, mode as i32, deadline)?;
     }
     Ok(())
+}
+
+/// Of a migration whose tables are not loaded, as one of them has been dropped, those that are there.
+fn first_tables_left(ctx: &mut Context) -> Result<Vec<u32>> {
+    let rows = ctx.first.session.admin_query(
+        "SELECT c.oid::int8 FROM crossover.migrated_table t JOIN pg_class c ON c.oid = t.first_table WHERE t.migration_id = $1::text::int ORDER BY t.index",
+        &[Some(&ctx.migration.id.to_string())],
+    )?;
+    rows.iter().filter_map(|r| r[0].as_deref()).map(parse).collect()
 }
 
 /// No lock wait inside the pause; and the pause is bounded, network included.

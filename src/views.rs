@@ -3,7 +3,7 @@
 //! All of it is DDL in the transaction of the switch (or set-up, or cancel) that calls it, which holds ACCESS EXCLUSIVE on
 //! what is replaced here. It runs as the migration's owner.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use crate::catalog::Migration;
 use crate::check::search_path;
@@ -13,6 +13,7 @@ use crate::mapping::ident::{Ident, RelName, quote_literal};
 use crate::mapping::rule::Pair;
 use crate::mapping::text::array_literal;
 use crate::mapping::view::{self, Grant, Managed};
+use crate::settings;
 use crate::store::local::LocalSession;
 use crate::store::{Session, parse};
 
@@ -61,12 +62,11 @@ pub fn give_back(ctx: &mut Context) -> Result<()> {
             None => now.iter().all(|g| g.column.is_none() && g.grantee.as_deref() == Some(owner.as_str())),
         };
         let grants = if unchanged { before } else { Some(now) };
+        let drop_triggers =
+            if has_triggers(session, &managed)? { view::drop_triggers(&managed) } else { String::new() };
         session.batch(&format!(
-            "{}DROP VIEW {};\nALTER TABLE {} RENAME TO {};\n",
-            view::drop_triggers(&managed),
-            managed.view,
-            managed.first,
-            managed.view.name
+            "{drop_triggers}DROP VIEW {};\nALTER TABLE {} RENAME TO {};\n",
+            managed.view, managed.first, managed.view.name
         ))?;
         if let Some(grants) = grants {
             grant_like(session, &managed.view, Some(&grants))?;
@@ -84,14 +84,24 @@ pub fn point_at_first(ctx: &mut Context) -> Result<()> {
     let session = &mut ctx.first.session;
     for pair in &ctx.pairs {
         let managed = Managed::new(pair);
+        let drop_triggers =
+            if has_triggers(session, &managed)? { view::drop_triggers(&managed) } else { String::new() };
         session.batch(&format!(
-            "{}CREATE OR REPLACE VIEW {} AS {};\n",
-            view::drop_triggers(&managed),
+            "{drop_triggers}CREATE OR REPLACE VIEW {} AS {};\n",
             managed.view,
             view::over_first(pair, &managed)
         ))?;
     }
     Ok(())
+}
+
+/// Does the managed view write through triggers now? Where it does not, what has the name of their function is somebody else's.
+fn has_triggers(session: &mut LocalSession, managed: &Managed) -> Result<bool> {
+    let rows = session.query(
+        "SELECT FROM pg_trigger WHERE tgrelid = to_regclass($1::text) AND tgname = 'crossover_write'",
+        &[Some(&managed.view.to_string())],
+    )?;
+    Ok(!rows.is_empty())
 }
 
 /// Points the managed views at the second store, through the backward rules.
@@ -219,12 +229,22 @@ fn save_grants(
         .map(drop)
 }
 
-/// Without those to roles that have been dropped since.
+/// With the names that the roles have now, and without those to roles that have been dropped since: another one of that name is another role.
 fn to_present_roles(session: &mut LocalSession, grants: Vec<Grant>) -> Result<Vec<Grant>> {
-    let names = array_literal(grants.iter().filter_map(|g| g.grantee.as_deref()));
-    let rows = session.query("SELECT rolname::text FROM pg_roles WHERE rolname = ANY ($1::text[])", &[Some(&names)])?;
-    let present: BTreeSet<String> = rows.into_iter().filter_map(|mut r| r.pop().flatten()).collect();
-    Ok(grants.into_iter().filter(|g| g.grantee.as_ref().is_none_or(|name| present.contains(name))).collect())
+    let oids = array_literal(grants.iter().map(|g| g.role.to_string()));
+    let rows = session
+        .query("SELECT oid::int8, rolname::text FROM pg_roles WHERE oid = ANY ($1::text::oid[])", &[Some(&oids)])?;
+    let mut names = BTreeMap::new();
+    for row in rows {
+        names.insert(parse::<u32>(row[0].as_deref().unwrap_or(""))?, row[1].clone());
+    }
+    Ok(grants
+        .into_iter()
+        .filter_map(|grant| match grant.role {
+            0 => Some(grant),
+            role => names.get(&role).map(|name| Grant { grantee: name.clone(), ..grant }),
+        })
+        .collect())
 }
 
 fn oid_of(session: &mut LocalSession, rel: &RelName) -> Result<u32> {
@@ -235,7 +255,7 @@ fn oid_of(session: &mut LocalSession, rel: &RelName) -> Result<u32> {
 /// The privileges on a relation in the order of its ACL; None where it has the built-in default (the owner's alone).
 fn grants_of(session: &mut LocalSession, oid: u32) -> Result<Option<Vec<Grant>>> {
     let rows = session.query(
-        "SELECT CASE WHEN a.grantee <> 0 THEN pg_get_userbyid(a.grantee)::text END, a.privilege_type, a.is_grantable, a.col FROM ( \
+        "SELECT CASE WHEN a.grantee <> 0 THEN pg_get_userbyid(a.grantee)::text END, a.privilege_type, a.is_grantable, a.col, a.grantee::int8 FROM ( \
             SELECT e.*, NULL::text AS col, 0 AS attnum FROM pg_class c, aclexplode(c.relacl) WITH ORDINALITY e(grantor, grantee, privilege_type, is_grantable, n) WHERE c.oid = $1::text::oid \
             UNION ALL SELECT e.*, a.attname::text, a.attnum FROM pg_attribute a, aclexplode(a.attacl) WITH ORDINALITY e(grantor, grantee, privilege_type, is_grantable, n) WHERE a.attrelid = $1::text::oid AND NOT a.attisdropped \
          ) AS a ORDER BY a.attnum, a.n",
@@ -248,16 +268,16 @@ fn grants_of(session: &mut LocalSession, oid: u32) -> Result<Option<Vec<Grant>>>
             return Ok(None);
         }
     }
-    Ok(Some(
-        rows.into_iter()
-            .map(|r| Grant {
-                grantee: r[0].clone(),
-                privilege: r[1].clone().unwrap_or_default(),
-                grantable: r[2].as_deref() == Some("t"),
-                column: r[3].clone(),
-            })
-            .collect(),
-    ))
+    let grants = rows.into_iter().map(|r| {
+        Ok(Grant {
+            role: parse(r[4].as_deref().unwrap_or(""))?,
+            grantee: r[0].clone(),
+            privilege: r[1].clone().unwrap_or_default(),
+            grantable: r[2].as_deref() == Some("t"),
+            column: r[3].clone(),
+        })
+    });
+    grants.collect::<Result<_>>().map(Some)
 }
 
 fn own_like(session: &mut LocalSession, view: &RelName, like: &RelName) -> Result<()> {
@@ -281,30 +301,41 @@ fn lend_foreign_table(session: &mut LocalSession, migration: &Migration, pair: &
          FROM unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE']) AS p",
         &[Some(owner.as_str()), Some(&pair.second.oid.to_string()), Some(schema.as_str())],
     )?;
-    let mut take_back = String::new();
+    let mut lent = Vec::new();
     if may[0][0].as_deref() != Some("t") {
         session.batch(&format!("GRANT SELECT, INSERT, UPDATE, DELETE ON {table} TO {owner}"))?;
-        take_back += &format!("REVOKE SELECT, INSERT, UPDATE, DELETE ON {table} FROM {owner};\n");
+        lent.push("TABLE");
     }
     if may[0][1].as_deref() != Some("t") {
         session.batch(&format!("GRANT USAGE ON SCHEMA {schema} TO {owner}"))?;
-        take_back += &format!("REVOKE USAGE ON SCHEMA {schema} FROM {owner};\n");
+        lent.push("SCHEMA");
     }
-    if take_back.is_empty() {
-        return Ok(());
+    for kind in lent {
+        session.admin_execute(
+            "UPDATE crossover.migrated_table SET take_back = coalesce(take_back, '[]') || jsonb_build_object('kind', $3::text, 'role', r.oid::int8, \
+                    'object', CASE $3::text WHEN 'TABLE' THEN c.oid::int8 ELSE c.relnamespace::int8 END) \
+               FROM pg_roles r, pg_class c WHERE migration_id = $1::text::int AND index = $2::text::int AND r.rolname = $4::text::name AND c.oid = $5::text::oid",
+            &[
+                Some(&migration.id.to_string()),
+                Some(&pair.index.to_string()),
+                Some(kind),
+                Some(owner.as_str()),
+                Some(&pair.second.oid.to_string()),
+            ],
+        )?;
     }
-    session
-        .admin_execute(
-            "UPDATE crossover.migrated_table SET take_back = concat(take_back, $3::text) WHERE migration_id = $1::text::int AND index = $2::text::int",
-            &[Some(&migration.id.to_string()), Some(&pair.index.to_string()), Some(&take_back)],
-        )
-        .map(drop)
+    Ok(())
 }
 
-/// Takes back what [`lend_foreign_table`] granted.
+/// Takes back what [`lend_foreign_table`] granted, from the roles and on the objects that are still there, whatever they are called now.
 fn take_foreign_tables_back(session: &mut LocalSession, migration: &Migration) -> Result<()> {
     let lent = session.admin_query(
-        "SELECT take_back FROM crossover.migrated_table WHERE migration_id = $1::text::int AND take_back IS NOT NULL ORDER BY index",
+        "SELECT CASE l ->> 'kind' WHEN 'TABLE' THEN 'REVOKE SELECT, INSERT, UPDATE, DELETE ON ' ELSE 'REVOKE USAGE ON SCHEMA ' END \
+             || coalesce(c.oid::regclass::text, n.oid::regnamespace::text) || ' FROM ' || quote_ident(r.rolname) \
+           FROM crossover.migrated_table t, jsonb_array_elements(t.take_back) WITH ORDINALITY AS u(l, i) JOIN pg_roles r ON r.oid = (l ->> 'role')::oid \
+           LEFT JOIN pg_class c ON l ->> 'kind' = 'TABLE' AND c.oid = (l ->> 'object')::oid \
+           LEFT JOIN pg_namespace n ON l ->> 'kind' = 'SCHEMA' AND n.oid = (l ->> 'object')::oid \
+          WHERE t.migration_id = $1::text::int AND (c.oid IS NOT NULL OR n.oid IS NOT NULL) ORDER BY t.index, i",
         &[Some(&migration.id.to_string())],
     )?;
     lent.iter().filter_map(|row| row[0].as_deref()).try_for_each(|sql| session.batch(sql))
@@ -348,6 +379,13 @@ pub fn create_rule_views(
         if migration.owner_is_superuser {
             return Ok(());
         }
+        // One at a time: of two transactions that change the schema's privileges, the second would fail.
+        session.set_lock_timeout(settings::lock_attempt())?;
+        session.admin_query(
+            "SELECT FROM pg_namespace WHERE nspname = $1::text::name FOR UPDATE",
+            &[Some(objects.schema().as_str())],
+        )?;
+        session.set_lock_timeout(std::time::Duration::ZERO)?;
         session.admin_batch(&format!(
             "{verb} USAGE, CREATE ON SCHEMA {} {word} {}",
             objects.schema(),

@@ -7,6 +7,8 @@ use super::table::Column;
 /// One privilege on a relation, or on one column of it.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]
 pub struct Grant {
+    /// Oid of the grantee; 0: PUBLIC
+    pub role: u32,
     /// None: PUBLIC
     pub grantee: Option<String>,
     pub privilege: String,
@@ -299,8 +301,14 @@ mod tests {
     fn grants_are_exact() {
         let rel = RelName::new("public", "t");
         let grants = [
-            Grant { grantee: Some("app".into()), privilege: "SELECT".into(), grantable: false, column: None },
-            Grant { grantee: None, privilege: "UPDATE".into(), grantable: false, column: Some("a b".into()) },
+            Grant {
+                role: 16384,
+                grantee: Some("app".into()),
+                privilege: "SELECT".into(),
+                grantable: false,
+                column: None,
+            },
+            Grant { role: 0, grantee: None, privilege: "UPDATE".into(), grantable: false, column: Some("a b".into()) },
         ];
         let sql = set_grants(&rel, &Ident::new("me"), Some(&grants), &grants);
         assert!(sql.contains("REVOKE ALL ON \"public\".\"t\" FROM PUBLIC"), "{sql}");

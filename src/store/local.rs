@@ -234,14 +234,14 @@ impl LocalSession {
         Ok(session)
     }
 
-    /// Pins the settings that a value's text depends on, for the life of the process.
+    /// Pins the settings that a value's text depends on, for the life of the process; and the role, which ALTER ROLE ... SET role changes.
     fn pin_settings(&mut self) -> Result<()> {
-        let sql: String = crate::mapping::sql::session_settings()
+        let settings: String = crate::mapping::sql::session_settings()
             .iter()
             .map(|(name, value)| crate::mapping::sql::set_statement(name, value) + ";\n")
             .collect();
         self.begin(Isolation::ReadCommitted, &[])?;
-        self.batch(&sql)?;
+        self.batch(&format!("SET ROLE NONE;\n{settings}"))?;
         self.commit()
     }
 

@@ -20,7 +20,7 @@ use crate::copy;
 use crate::cycle::{self, Outcome};
 use crate::divergence;
 use crate::ending;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, Side};
 use crate::fault;
 use crate::lock::wait_latch;
 use crate::owner;
@@ -122,7 +122,7 @@ struct Worker {
     figures_at: Instant,
     /// [`Worker::begin`] is done.
     begun: bool,
-    /// One of the tables has been dropped.
+    /// One of the tables has been dropped, or is not what the mapping is about any more.
     tables_are_gone: bool,
     version_at: Instant,
     log_size_at: Instant,
@@ -224,7 +224,10 @@ fn run(assignment: Assignment) -> Result<()> {
                 worker.ctx.rollback_all();
                 Next::Again
             }
-            Ok(Err(e)) => worker.failed(&e),
+            Ok(Err(e)) => {
+                let error = worker.explained(e);
+                worker.failed(&error)
+            }
             Err(e) => worker.interrupted(e)?,
         };
         pause = match next {
@@ -272,11 +275,30 @@ impl Worker {
         if !matches!(self.ctx.migration.phase, Phase::SettingUp | Phase::Finishing | Phase::Done) {
             match self.ctx.load_tables() {
                 // It can still be cancelled.
-                Err(Error::TableIsGone { .. }) => self.tables_are_gone = true,
+                Err(Error::TableIsGone { .. } | Error::Misfit { .. }) => self.tables_are_gone = true,
                 result => result?,
             }
         }
         Ok(())
+    }
+
+    /// Says of an error on this server that a table of the migration has been dropped, or changed, where that is the cause.
+    fn explained(&mut self, error: Error) -> Error {
+        let is_missing = matches!(&error, Error::Server { side: Side::First, error } if matches!(error.sqlstate.as_str(), "42P01" | "42703"));
+        if !is_missing || self.ctx.pairs.is_empty() {
+            return error;
+        }
+        self.ctx.rollback_all();
+        match self.ctx.load_tables() {
+            Err(gone @ (Error::TableIsGone { .. } | Error::Misfit { .. })) => {
+                self.tables_are_gone = true;
+                // As after a restart.
+                self.ctx.second = None;
+                self.ctx.set_tables(Vec::new(), Vec::new(), Vec::new());
+                gone
+            }
+            _ => error,
+        }
     }
 
     fn turn(&mut self) -> Result<Next> {

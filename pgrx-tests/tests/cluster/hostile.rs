@@ -252,3 +252,36 @@ fn a_table_that_was_dropped_does_not_keep_its_migration() {
         pair.first.sql("UPDATE customer SET cents = 1 WHERE id = 1");
     }
 }
+
+#[test]
+fn a_migration_that_has_lost_a_table_or_column_can_be_ended_from_any_state() {
+    for (states, damage, restart) in [
+        (&["both"][..], "DROP TABLE purchase__first CASCADE", false),
+        (&["both", "second"], "DROP TABLE purchase__first CASCADE", true),
+        (&["both"], "ALTER TABLE customer__first DROP COLUMN name CASCADE", true),
+        (
+            &["both", "first"],
+            "ALTER TABLE customer__first DROP COLUMN name CASCADE; UPDATE customer__first SET cents = 1",
+            false,
+        ),
+    ] {
+        let pair = Pair::new();
+        market::create(&pair, 10);
+        let second_before = pair.second.pg_dump_schema("app");
+        let migration = market::started(&pair);
+        migration.walk(states);
+        pair.first.sql(damage);
+        if restart {
+            let worker = migration.worker();
+            pair.first.sql(&format!("SELECT pg_terminate_backend({worker})"));
+        }
+        let call = "SELECT migration_cancel('market', force => true)";
+        migration.until_status(&format!("{states:?}, {damage}: what to do"), |s| s.text("hint").contains(call));
+        assert_eq!(pair.first.text(call).as_deref(), Some("cancelled"), "{states:?}, {damage}");
+        assert_eq!(
+            pair.first.text("SELECT count(*) FROM pg_trigger WHERE tgname ~ '^crossover_(capture|fence)'").as_deref(),
+            Some("0")
+        );
+        assert_eq!(second_before, pair.second.pg_dump_schema("app"));
+    }
+}

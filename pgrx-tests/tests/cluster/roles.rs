@@ -2,6 +2,7 @@
 //! and privileges that are missing or go away.
 
 use std::fs;
+use std::thread;
 use std::time::Duration;
 
 use pgrx_tests::cluster::{Cluster, explain};
@@ -662,6 +663,112 @@ fn privileges_that_go_away_and_come_back() {
 /// From PostgreSQL 17 on.
 fn worker_needs_no_login(pair: &Pair) -> bool {
     pair.first.text("SELECT current_setting('server_version_num')::int >= 170000").as_deref() == Some("t")
+}
+
+#[test]
+fn starts_at_once_do_not_fail_each_other() {
+    let scene = Scene::new();
+    let pair = &scene.pair;
+    let names: Vec<String> = (0..4).map(|i| format!("t{i}")).collect();
+    for name in &names {
+        pair.second
+            .sql(&format!("CREATE TABLE crm.{name} (id integer PRIMARY KEY); ALTER TABLE crm.{name} OWNER TO there"));
+        pair.first.sql(&format!(
+            "CREATE TABLE shop.{name} (id integer PRIMARY KEY); ALTER TABLE shop.{name} OWNER TO mover;
+             CREATE FOREIGN TABLE v2.{name} (id integer NOT NULL) SERVER second_server OPTIONS (schema_name 'crm', table_name '{name}');
+             ALTER FOREIGN TABLE v2.{name} OWNER TO mover"
+        ));
+    }
+    for _ in 0..3 {
+        thread::scope(|scope| {
+            for name in &names {
+                let mut mover = scene.mover();
+                scope.spawn(move || {
+                    let mapping =
+                        json!({"tables": [{"first": format!("shop.{name}"), "second": format!("v2.{name}")}]});
+                    mover
+                        .query_one("SELECT migration_start($1, $2)::text", &[name, &mapping])
+                        .unwrap_or_else(|e| panic!("{name}: {}", explain(&e)));
+                });
+            }
+        });
+        for name in &names {
+            call(&mut scene.mover(), &format!("migration_cancel('{name}')"))
+                .unwrap_or_else(|e| panic!("{}", explain(&e)));
+        }
+    }
+}
+
+#[test]
+fn what_was_lent_is_taken_back_from_a_role_of_another_name() {
+    let scene = Scene::new();
+    let pair = &scene.pair;
+    pair.first.sql(
+        "ALTER FOREIGN TABLE v2.client OWNER TO postgres; REVOKE USAGE ON SCHEMA v2 FROM mover;
+         CREATE USER MAPPING FOR postgres SERVER second_server OPTIONS (user 'postgres')",
+    );
+    let migration = Migration::start(pair, "shop", &mapping());
+    migration.until_state("first");
+    migration.walk(&["both"]);
+    let may = |role: &str| {
+        pair.first.text(&format!(
+            "SELECT concat_ws(' ', has_table_privilege('{role}', 'v2.client', 'SELECT'), has_schema_privilege('{role}', 'v2', 'USAGE'))"
+        ))
+    };
+    assert_eq!(may("mover").as_deref(), Some("t t"));
+    migration.walk(&["first"]);
+    pair.first.sql("ALTER ROLE mover RENAME TO shaker; ALTER FOREIGN TABLE v2.client RENAME TO moved");
+    pair.first.sql("ALTER FOREIGN TABLE v2.moved RENAME TO client");
+    migration.cancel();
+    assert_eq!(may("shaker").as_deref(), Some("f f"));
+}
+
+#[test]
+fn a_role_that_takes_the_name_of_another_takes_no_grants() {
+    let scene = Scene::new();
+    let pair = &scene.pair;
+    let migration = scene.started();
+    pair.first.sql("CREATE ROLE brief LOGIN; CREATE ROLE lasting LOGIN");
+    scene.go(&["both"]);
+    pair.first.sql("GRANT SELECT ON shop.client TO brief, lasting");
+    scene.go(&["first"]);
+    pair.first.sql("DROP ROLE brief; CREATE ROLE brief LOGIN; ALTER ROLE lasting RENAME TO renamed");
+    scene.go(&["both"]);
+    let may = |role: &str| pair.first.text(&format!("SELECT has_table_privilege('{role}', 'shop.client', 'SELECT')"));
+    assert_eq!((may("brief").as_deref(), may("renamed").as_deref()), (Some("f"), Some("t")));
+    scene.go(&["first"]);
+    migration.cancel();
+}
+
+#[test]
+fn a_function_under_a_reserved_name_keeps_nobody_from_going_back() {
+    let scene = Scene::new();
+    let pair = &scene.pair;
+    let migration = scene.started();
+    pair.first
+        .connect_as("rival")
+        .batch_execute("CREATE FUNCTION shop.customer__write() RETURNS integer LANGUAGE sql AS 'SELECT 1'")
+        .expect("a function");
+    scene.go(&["both"]);
+    let error =
+        set_state(&mut scene.mover(), "shop", "second", Duration::from_secs(10)).expect_err("the name is taken");
+    assert_eq!(sqlstate(&error), "42723", "{}", explain(&error));
+    scene.go(&["first"]);
+    migration.cancel();
+    assert_eq!(pair.first.text("SELECT shop.customer__write()").as_deref(), Some("1"));
+}
+
+#[test]
+fn a_worker_is_its_owner_whatever_role_it_would_be_set_to() {
+    let scene = Scene::new();
+    scene.pair.first.sql("CREATE ROLE team; GRANT team TO mover; ALTER ROLE mover SET role = 'team'");
+    let mut mover = scene.mover();
+    mover.batch_execute("SET ROLE NONE").expect("a role");
+    start(&mut mover, &json!({})).unwrap_or_else(|e| panic!("{}", explain(&e)));
+    let migration = Migration::named(&scene.pair, "shop");
+    migration.until_state("first");
+    migration.walk(&["both", "second", "both", "first"]);
+    migration.cancel();
 }
 
 #[test]

@@ -76,6 +76,7 @@ impl Worker {
             let result = wanted.and_then(|()| self.carry_out(&field(1), &arguments, &order));
             self.serving = false;
             self.ctx.rollback_all();
+            let result = result.map_err(|e| self.explained(e));
             if result.as_ref().is_err_and(Error::is_cancel) && self.ctx.reload()? && self.ctx.migration.paused {
                 // Sent for what was going on before this request, by a pause (perhaps this one): it is served again.
                 return Ok(Some(Next::Again));
@@ -146,7 +147,7 @@ impl Worker {
                 self.clean_up(order, false)
             }
             "cancel" => {
-                ending::cancel(&mut self.ctx, order)?;
+                ending::cancel(&mut self.ctx, order, force && self.tables_are_gone)?;
                 while !self.copiers.is_empty() {
                     wait_latch(Duration::from_millis(10));
                     self.copiers.retain(|c| !c.has_stopped());
