@@ -241,6 +241,10 @@ impl Error {
     pub fn hint(&self) -> Option<String> {
         let nothing = "Nothing was changed. Correct the mapping and call migration_start again.";
         let hint = match self {
+            // PostgreSQL's own speaks of CASCADE, which would take what is not ours.
+            Error::Server { error, .. } if error.sqlstate == "2BP01" => {
+                "Drop what is named above, or have it depend on something else, and call again.".into()
+            }
             Error::Server { side: Side::First, error } => return error.hint.clone(),
             Error::Server { side: Side::Second, error } => match &error.hint {
                 Some(hint) => format!("On the second server: {hint}"),

@@ -170,3 +170,29 @@ pub fn warning_on_second<S: Session>(session: &mut S) -> Result<Option<Warning>>
         hint: format!("There, as a superuser: GRANT SET ON PARAMETER {parameters} TO {role};"),
     }))
 }
+
+/// Roles that may make functions and operators where the names in expressions are looked up: in the schemas of the first tables, and in public.
+pub fn warnings_on_first(
+    session: &mut LocalSession,
+    migration: &Migration,
+    named: &[NamedTable],
+) -> Result<Vec<Warning>> {
+    let names = array_literal(schemas(named.iter().map(|n| &n.first)).iter().map(Ident::as_str).chain(["public"]));
+    let rows = session.query(
+        "SELECT quote_ident(n.nspname), string_agg(DISTINCT CASE a.grantee WHEN 0 THEN 'PUBLIC' ELSE quote_ident(r.rolname) END, ', ') \
+           FROM pg_namespace n, aclexplode(n.nspacl) AS a LEFT JOIN pg_roles r ON r.oid = a.grantee \
+          WHERE n.nspname = ANY ($1::text[]) AND a.privilege_type = 'CREATE' AND a.grantee NOT IN (n.nspowner, $2::text::oid) \
+            AND r.rolsuper IS NOT TRUE GROUP BY n.nspname ORDER BY 1",
+        &[Some(&names), Some(&migration.owner.to_string())],
+    )?;
+    let warnings = rows.into_iter().filter_map(|mut row| {
+        let (roles, schema) = (row.pop()??, row.pop()??);
+        Some(Warning {
+            message: format!("other roles may create functions in schema {schema}: {roles}"),
+            detail: "The expressions of the mapping look their functions and operators up there, and run them with the rights of the tables' owner."
+                .into(),
+            hint: format!("REVOKE CREATE ON SCHEMA {schema} FROM {roles};"),
+        })
+    });
+    Ok(warnings.collect())
+}

@@ -26,8 +26,7 @@ use crate::views;
 /// The caller removes what was installed.
 pub fn run(ctx: &mut Context, patience: Patience, who: &str, caller_pid: i32) -> Result<()> {
     check_all(ctx, patience, caller_pid)?;
-    let warning = owner::warning_on_second(&mut ctx.stores()?.1.session)?;
-    ctx.warnings.extend(warning);
+    warn(ctx)?;
     ctx.installing = true;
     remove_second(ctx, true)?;
     remove_first(ctx)?;
@@ -38,6 +37,19 @@ pub fn run(ctx: &mut Context, patience: Patience, who: &str, caller_pid: i32) ->
     fault::point("start:capture")?;
     ensure_watermark(ctx)?;
     fault::point("start:ready")
+}
+
+/// What whoever starts it should know, though it works.
+fn warn(ctx: &mut Context) -> Result<()> {
+    let named = ctx.named_tables()?;
+    let session = &mut ctx.first.session;
+    session.begin(Isolation::ReadCommitted, &[])?;
+    let found = owner::warnings_on_first(session, &ctx.migration, &named);
+    session.rollback();
+    ctx.warnings = found?;
+    let found = owner::warning_on_second(&mut ctx.stores()?.1.session)?;
+    ctx.warnings.extend(found);
+    Ok(())
 }
 
 fn check_all(ctx: &mut Context, patience: Patience, caller_pid: i32) -> Result<()> {

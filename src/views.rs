@@ -145,7 +145,13 @@ pub fn expose_second_shape(ctx: &mut Context) -> Result<()> {
             own_like(session, name, &pair.first.rel)?;
         }
         let grants = match before {
-            Some(before) => to_present_roles(session, before)?,
+            Some(before) => {
+                let mut grants = to_present_roles(session, before)?;
+                // What was granted while it was hidden is not forgotten either.
+                let since = oid_of(session, name).and_then(|oid| grants_of(session, oid))?.unwrap_or_default();
+                grants.extend(since.into_iter().filter(|g| !grants.contains(g)).collect::<Vec<_>>());
+                grants
+            }
             None => {
                 let managed = oid_of(session, &pair.first.rel).and_then(|oid| grants_of(session, oid))?;
                 // Privileges on single columns of the first shape say nothing about the second one's.

@@ -453,9 +453,18 @@ fn hints_lead_from_no_privilege_to_a_start() {
     assert_eq!((warning.severity(), warning.code().code()), ("WARNING", "01007"));
     let grant = "GRANT SET ON PARAMETER session_replication_role, deadlock_timeout TO there;";
     assert!(warning.hint().expect("a hint").contains(grant), "{warning:?}");
+    assert!(hear.try_recv().is_err());
     migration.until_state("first");
     call(&mut scene.mover(), "migration_cancel('shop')").expect("a cancel");
     scene.pair.second.sql(&format!("TRUNCATE crm.client; {grant}"));
+    scene.pair.first.sql("GRANT CREATE ON SCHEMA shop TO rival");
+    start(&mut config.connect(postgres::NoTls).expect("a connection"), &json!({})).expect("a start");
+    let warning = hear.try_recv().expect("a warning");
+    assert_eq!(warning.message(), "other roles may create functions in schema shop: rival");
+    migration.until_state("first");
+    call(&mut scene.mover(), "migration_cancel('shop')").expect("a cancel");
+    scene.pair.first.sql(warning.hint().expect("a hint"));
+    scene.pair.second.sql("TRUNCATE crm.client");
     start(&mut config.connect(postgres::NoTls).expect("a connection"), &json!({})).expect("a start");
     assert!(hear.try_recv().is_err());
     migration.until_state("first");

@@ -36,12 +36,13 @@ impl Worker {
             let field = |i: usize| row[i].clone().unwrap_or_default();
             let left: f64 = parse(&field(5))?;
             if left <= 0.0 {
+                let detail = self.why_not_served()?;
                 self.answer(
                     &field(0),
                     &Err(Error::Timeout {
                         name: self.ctx.migration.name.clone(),
                         waited_ms: parse(&field(7))?,
-                        detail: "The request was not served in time.".into(),
+                        detail,
                     }),
                 )?;
                 continue;
@@ -103,6 +104,21 @@ impl Worker {
             return Ok(Some(Next::Again));
         }
         Ok(None)
+    }
+
+    /// With the error that the worker meets again and again, if it does.
+    fn why_not_served(&mut self) -> Result<String> {
+        let mut why = String::from("The request was not served in time.");
+        if self.failures > 0 {
+            let id = self.id();
+            let error = self.ctx.first.session.read(
+                "SELECT concat_ws(' ', last_error || '.', last_error_hint) FROM crossover.activity WHERE migration_id = $1::text::int",
+                &[Some(&id)],
+            )?;
+            let error = error.first().and_then(|row| row[0].as_deref()).unwrap_or_default();
+            why += &format!(" The worker's last error: {error}");
+        }
+        Ok(why)
     }
 
     fn carry_out(&mut self, kind: &str, arguments: &serde_json::Value, order: &Order) -> Result<()> {
