@@ -103,7 +103,7 @@ pub enum Error {
     #[error("the tables of migration \"{name}\" do not fit its mapping any more")]
     Misfit { name: String, problems: Vec<Problem> },
     #[error("the name of the migration is too long")]
-    NameTooLong { bytes: usize },
+    NameTooLong { bytes: usize, most: usize },
     #[error("{message}")]
     BadArgument { message: String, hint: String },
     #[error("could not lock out the writers of migration \"{name}\" within {waited_ms} ms")]
@@ -212,7 +212,7 @@ impl Error {
                 Some(problems.iter().map(|p| line(p, true)).collect::<Vec<_>>().join("\n"))
             }
             Error::Options { problem, .. } => Some(line(problem, false)),
-            Error::NameTooLong { bytes } => Some(format!("It has {bytes} bytes; a name can have {MOST_BYTES}.")),
+            Error::NameTooLong { bytes, most } => Some(format!("It has {bytes} bytes; a name can have {most}.")),
             Error::PasswordRequired { unused: true } => {
                 Some("The second server did not ask for the password of the user mapping.".into())
             }
@@ -256,11 +256,11 @@ impl Error {
                 "There is nothing more to decide: the worker removes it as soon as the second server can be reached.".into()
             }
             Error::TableIsGone { name, taken_over, .. } => {
-                let name = name.replace('\'', "''");
+                let name = literal(name);
                 if *taken_over {
-                    format!("SELECT migration_cancel('{name}', force => true) ends it. Its other tables and views keep the names that they have now.")
+                    format!("SELECT migration_cancel({name}, force => true) ends it. Its other tables and views keep the names that they have now.")
                 } else {
-                    format!("SELECT migration_cancel('{name}') ends it.")
+                    format!("SELECT migration_cancel({name}) ends it.")
                 }
             }
             Error::OwnerIsGone { .. } => {
@@ -375,9 +375,6 @@ impl Error {
             || matches!(self, Error::Server { .. }) && self.class_is(&["55P03", "40001", "40P01", "57014"])
     }
 }
-
-/// PostgreSQL's `NAMEDATALEN - 1`.
-const MOST_BYTES: usize = 63;
 
 fn line(problem: &Problem, with_hint: bool) -> String {
     match &problem.hint {

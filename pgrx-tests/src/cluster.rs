@@ -447,6 +447,11 @@ impl Drop for Cluster {
     }
 }
 
+/// The SQLSTATE of an error; empty where it is none of the server's.
+pub fn sqlstate(error: &postgres::Error) -> String {
+    error.code().map(|c| c.code().to_owned()).unwrap_or_default()
+}
+
 /// An error with all that the server said.
 pub fn explain(error: &postgres::Error) -> String {
     error.as_db_error().map_or_else(

@@ -11,6 +11,7 @@ use self::document::Document;
 use crate::caller::Caller;
 use crate::error::{Error, Result, report};
 use crate::lock::wait_latch;
+use crate::mapping::ident::MAX_BYTES;
 use crate::mapping::model::{Mapping, Options};
 use crate::owner::{self, Warning};
 use crate::state::State;
@@ -179,8 +180,8 @@ fn check_name(name: &str) -> Result<()> {
             hint: "Choose a name of 1 to 63 bytes.".into(),
         });
     }
-    if name.len() > crate::mapping::ident::MAX_BYTES {
-        return Err(Error::NameTooLong { bytes: name.len() });
+    if name.len() > MAX_BYTES {
+        return Err(Error::NameTooLong { bytes: name.len(), most: MAX_BYTES });
     }
     Ok(())
 }
@@ -258,8 +259,14 @@ fn look(sql: &str) -> Result<Vec<crate::store::Row>> {
 fn new_owner() -> Result<u32> {
     // SAFETY: reads the role that calls.
     let role = unsafe { pg_sys::GetUserId() }.to_u32();
-    owner::may_connect(role, &look(&owner::query(role))?)?;
+    may_have_worker(role)?;
     Ok(role)
+}
+
+/// # Errors
+/// Why a worker cannot connect as `owner`.
+fn may_have_worker(owner: u32) -> Result<()> {
+    owner::may_connect(owner, &look(&owner::query(owner))?)
 }
 
 fn check_owner(name: &str) -> Result<u32> {
@@ -309,7 +316,7 @@ fn await_answer(id: i64, name: &str, owner: u32, timeout: f64) -> Result<State> 
             }
             _ if std::time::Instant::now() >= until => {
                 // Whether a worker could run at all comes first.
-                owner::may_connect(owner, &look(&owner::query(owner))?)?;
+                may_have_worker(owner)?;
                 return Err(Error::Timeout {
                     name: name.to_string(),
                     waited_ms: (timeout * 1000.0) as u64,

@@ -3,9 +3,8 @@
 use pgrx::pg_sys;
 use pgrx::prelude::*;
 
-use super::look;
+use super::{look, may_have_worker};
 use crate::error::Error;
-use crate::owner;
 use crate::processes::background_workers;
 use crate::version;
 use crate::worker::{is_preloaded, max_worker_processes};
@@ -13,7 +12,6 @@ use crate::worker::{is_preloaded, max_worker_processes};
 /// Why no worker of this database can run as this role; NULL where there is no reason to be seen.
 #[pg_extern(sql = false)]
 fn crossover_why_no_worker(owner: pg_sys::Oid) -> Option<String> {
-    let owner = owner.to_u32();
     let said = |e: Error| Some([Some(e.to_string()), e.hint()].into_iter().flatten().collect::<Vec<_>>().join(": "));
     if !is_preloaded() {
         return said(Error::NotPreloaded);
@@ -27,7 +25,7 @@ fn crossover_why_no_worker(owner: pg_sys::Oid) -> Option<String> {
     if let Err(e @ Error::Version { .. }) = look(version::QUERY).and_then(|answer| version::check(&answer)) {
         return said(e);
     }
-    if let Err(e) = look(&owner::query(owner)).and_then(|answer| owner::may_connect(owner, &answer)) {
+    if let Err(e) = may_have_worker(owner.to_u32()) {
         return said(e);
     }
     let limit = max_worker_processes();

@@ -271,10 +271,9 @@ impl LocalSession {
     /// ends. LOCK TABLE will not do: it also locks what a view reads.
     ///
     /// The order is the given one, but a relation that could not be had comes first the next time: clients that lock the same
-    /// tables in another order would otherwise meet every attempt half-way, for ever. A short deadlock_timeout makes this
+    /// tables in another order would otherwise meet every attempt half-way, for ever. The session's short deadlock_timeout makes this
     /// process the one that finds a deadlock, and has a blocking autovacuum cancelled.
     pub fn lock_relations(&mut self, oids: &[u32], mode: i32, deadline: Instant) -> Result<()> {
-        self.admin_batch("SET LOCAL deadlock_timeout = '30ms'")?;
         let mut order = oids.to_vec();
         order.sort_by_key(|oid| self.stubborn.iter().position(|s| s == oid).unwrap_or(usize::MAX));
         for oid in order {
@@ -381,7 +380,7 @@ impl Session for LocalSession {
     }
 
     fn become_replica(&mut self) -> Result<()> {
-        self.admin_batch("SET LOCAL session_replication_role = replica; SET LOCAL deadlock_timeout = '30ms'")
+        self.admin_batch("SET LOCAL session_replication_role = replica")
     }
 
     fn begin(&mut self, isolation: Isolation, lock: &[String]) -> Result<()> {

@@ -3,6 +3,9 @@
 //! One loop; each turn is short and repeatable. An error ends the turn's transactions, is shown in `migration_status`, and the
 //! next turn comes after a pause that grows. What the loop must know after a crash is in the catalog or on the stores.
 
+mod claim;
+mod log_size;
+mod report;
 mod requests;
 
 use std::time::{Duration, Instant};
@@ -10,6 +13,9 @@ use std::time::{Duration, Instant};
 use pgrx::pg_sys;
 use pgrx::prelude::*;
 
+use self::claim::claim;
+pub use self::claim::has_worker;
+use self::report::waiting_for;
 use super::{
     Assignment, Handle, assignment, connect, exit, my_database, reload_configuration, show_name, start_copy,
     start_migration,
@@ -20,11 +26,10 @@ use crate::copy;
 use crate::cycle::{self, Outcome};
 use crate::divergence;
 use crate::ending;
-use crate::error::{Error, Result, Side};
+use crate::error::{Error, Result};
 use crate::fault;
 use crate::lock::wait_latch;
 use crate::owner;
-use crate::parked;
 use crate::reconcile;
 use crate::resync;
 use crate::settings;
@@ -32,20 +37,13 @@ use crate::setup;
 use crate::state::{Phase, State};
 use crate::statistics;
 use crate::store::local::{LocalSession, catch};
-use crate::store::{Isolation, MANY, Session, parse};
+use crate::store::{Isolation, Session, parse};
 use crate::switch::{self, Order};
 use crate::version;
 
-/// The longest pause between two tries after an error.
-const MAX_BACKOFF: Duration = Duration::from_secs(5);
-/// How often parked rows are tried again, logs are emptied, figures are written.
+/// How often parked rows are tried again, and logs are emptied.
 const PARKED_EVERY: Duration = Duration::from_secs(5);
 const ROTATE_EVERY: Duration = Duration::from_secs(10);
-const FIGURES_EVERY: Duration = Duration::from_millis(500);
-/// How often the size of the change logs is looked at.
-const LOG_SIZE_EVERY: Duration = Duration::from_secs(1);
-/// A replicator that was done with its backlog this short a time ago keeps up: its log is as long as it has to be.
-const KEEPS_UP: Duration = Duration::from_secs(10);
 /// How often library and extension are compared.
 const VERSION_EVERY: Duration = Duration::from_secs(1);
 /// The pause before a copy worker that has ended is replaced.
@@ -70,43 +68,6 @@ pub extern "C-unwind" fn crossover_migration_main(_arg: pg_sys::Datum) {
             crate::error::raise(PgLogLevel::WARNING, &e);
             exit(1)
         }
-    }
-}
-
-/// Only one worker serves a migration, however many were started (the postmaster restarts one, the launcher's scout starts one).
-///
-/// An advisory lock of the session: an ordinary one would go with the first transaction that aborts. Its last field is one that
-/// pg_advisory_lock() never uses, so nobody else can take it.
-fn claim(id: i32) -> Result<bool> {
-    // SAFETY: a session lock of this database; released when the process ends.
-    catch(|| unsafe {
-        pg_sys::StartTransactionCommand();
-        let result = pg_sys::LockAcquire(&claim_tag(id), pg_sys::ExclusiveLock as i32, true, true);
-        pg_sys::CommitTransactionCommand();
-        result != pg_sys::LockAcquireResult::LOCKACQUIRE_NOT_AVAIL
-    })
-}
-
-/// Whether a worker serves this migration; it may come or go the next moment.
-pub fn has_worker(id: i32) -> Result<bool> {
-    // SAFETY: a lock of the transaction, given back with it.
-    catch(|| unsafe {
-        pg_sys::StartTransactionCommand();
-        let result = pg_sys::LockAcquire(&claim_tag(id), pg_sys::ShareLock as i32, false, true);
-        pg_sys::CommitTransactionCommand();
-        result == pg_sys::LockAcquireResult::LOCKACQUIRE_NOT_AVAIL
-    })
-}
-
-fn claim_tag(id: i32) -> pg_sys::LOCKTAG {
-    const KIND: u16 = 0x7063;
-    pg_sys::LOCKTAG {
-        locktag_field1: my_database().to_u32(),
-        locktag_field2: 0,
-        locktag_field3: id as u32,
-        locktag_field4: KIND,
-        locktag_type: pg_sys::LockTagType::LOCKTAG_ADVISORY as u8,
-        locktag_lockmethodid: pg_sys::USER_LOCKMETHOD as u8,
     }
 }
 
@@ -282,25 +243,6 @@ impl Worker {
         Ok(())
     }
 
-    /// Says of an error on this server that a table of the migration has been dropped, or changed, where that is the cause.
-    fn explained(&mut self, error: Error) -> Error {
-        let is_missing = matches!(&error, Error::Server { side: Side::First, error } if matches!(error.sqlstate.as_str(), "42P01" | "42703"));
-        if !is_missing || self.ctx.pairs.is_empty() {
-            return error;
-        }
-        self.ctx.rollback_all();
-        match self.ctx.load_tables() {
-            Err(gone @ (Error::TableIsGone { .. } | Error::Misfit { .. })) => {
-                self.tables_are_gone = true;
-                // As after a restart.
-                self.ctx.second = None;
-                self.ctx.set_tables(Vec::new(), Vec::new(), Vec::new());
-                gone
-            }
-            _ => error,
-        }
-    }
-
     fn turn(&mut self) -> Result<Next> {
         if self.version_at <= Instant::now() {
             version::check(&self.ctx.first.session.read(version::QUERY, &[])?)?;
@@ -417,8 +359,7 @@ impl Worker {
             copy::complete(&mut self.ctx)?;
             return Ok(Next::Again);
         }
-        // SAFETY: the role's oid is this process's session user.
-        let owner = unsafe { pg_sys::GetSessionUserId() };
+        let owner = pg_sys::Oid::from(owner::of_this_process());
         while self.copiers_at <= Instant::now() && self.copiers.len() < self.ctx.migration.options.copy_workers as usize
         {
             match start_copy(my_database(), owner, self.ctx.migration.id) {
@@ -443,82 +384,6 @@ impl Worker {
         Ok(Next::Again)
     }
 
-    /// Shows how large the change logs are, warns where they near their limit, and gives up capture past it where it can be given up.
-    fn watch_log_size(&mut self) -> Result<()> {
-        let phase = self.ctx.migration.phase;
-        if Instant::now() < self.log_size_at
-            || matches!(phase, Phase::SettingUp | Phase::CaptureDropped | Phase::Finishing | Phase::Done)
-        {
-            return Ok(());
-        }
-        self.log_size_at = Instant::now() + LOG_SIZE_EVERY;
-        let limit = settings::max_log_size();
-        let mut bytes = self.log_bytes()?;
-        if limit.is_some_and(|limit| bytes > limit)
-            && self.ctx.second.is_some()
-            && self.ctx.verified
-            && phase != Phase::Copying
-        {
-            self.rotate(Duration::ZERO)?;
-            bytes = self.log_bytes()?;
-        }
-        let (id, size, shown) = (self.id(), bytes.to_string(), limit.map(|l| l.to_string()));
-        self.write(
-            "UPDATE crossover.activity SET log_bytes = $2::text::bigint, log_limit = $3::text::bigint WHERE migration_id = $1::text::int \
-             AND (log_bytes, log_limit) IS DISTINCT FROM ($2::text::bigint, $3::text::bigint)",
-            &[Some(&id), Some(&size), shown.as_deref()],
-        )?;
-        let Some(limit) = limit else { return Ok(()) };
-        let percent = bytes.saturating_mul(100) / limit.max(1);
-        let level = [80, 50].into_iter().find(|level| percent >= *level).unwrap_or(0);
-        if level > self.warned {
-            let name = &self.ctx.migration.name;
-            pgrx::warning!(
-                "the change logs of migration \"{name}\" have reached {percent} % of crossover.max_log_size"
-            );
-        }
-        self.warned = level;
-        if bytes > limit && self.may_drop_capture() {
-            let reason = Some("the change log passed crossover.max_log_size");
-            let order = Order { reason, ..Order::by_worker(&self.ctx, settings::lock_attempt()) };
-            match resync::drop_capture(&mut self.ctx, &order) {
-                // Somebody writes; it is tried again in a second.
-                Err(Error::LockTimeout { .. }) => {}
-                Err(e) => return Err(e),
-                Ok(()) => pgrx::warning!(
-                    "the change log of migration \"{}\" has passed crossover.max_log_size: capture is dropped, and all rows will be copied again",
-                    self.ctx.migration.name
-                ),
-            }
-        }
-        Ok(())
-    }
-
-    /// Where nothing but the second store depends on the log, and replication is not simply keeping up with a log that is long.
-    fn may_drop_capture(&self) -> bool {
-        match (self.ctx.migration.state, self.ctx.migration.phase) {
-            // What only the second store has is not thrown away unasked.
-            _ if self.ctx.migration.diverged.is_some() => false,
-            (State::Copying, Phase::Copying) => true,
-            (State::Copying, _) | (State::First, Phase::Replicating) => self.caught_up_at.elapsed() > KEEPS_UP,
-            _ => false,
-        }
-    }
-
-    /// Of both stores, where the second one's log matters and can be reached.
-    fn log_bytes(&mut self) -> Result<i64> {
-        self.ctx.first.session.begin(Isolation::ReadCommitted, &[])?;
-        let bytes = self.ctx.first.log_bytes();
-        self.ctx.first.session.rollback();
-        let mut bytes = bytes?;
-        if self.ctx.migration.state.replicates_backward()
-            && let Some(second) = &mut self.ctx.second
-        {
-            bytes += second.log_bytes()?;
-        }
-        Ok(bytes)
-    }
-
     /// Somebody has cancelled what was going on: `migration_pause`, or a DBA. A cycle or a chunk is begun anew (or not, as the requests
     /// say); out of a request the way back is the one after a crash.
     fn interrupted(&mut self, error: Error) -> Result<Next> {
@@ -527,86 +392,6 @@ impl Worker {
             return Err(error);
         }
         Ok(Next::Again)
-    }
-
-    fn failed(&mut self, error: &Error) -> Next {
-        self.ctx.rollback_all();
-        if self.ctx.first.session.in_transaction() {
-            exit(1);
-        }
-        // A client in the way is everyday business in `both`: try again soon, and say nothing.
-        if error.is_contention() && self.failures < 3 {
-            self.failures += 1;
-            return Next::Wait(Duration::from_millis(20));
-        }
-        self.failures += 1;
-        let pause = Duration::from_millis(100).saturating_mul(1 << self.failures.min(6)).min(MAX_BACKOFF);
-        self.retry_at = Some(Instant::now() + pause);
-        self.had_error = true;
-        let id = self.id();
-        let text = error.detail().map_or_else(|| error.to_string(), |d| format!("{error}: {d}"));
-        let waiting = waiting_for(error);
-        let shown = self.write(
-            "UPDATE crossover.activity SET last_error = $2::text, last_error_at = clock_timestamp(), last_error_hint = $3::text, \
-             waiting_for = $4::text, retries = retries + 1 WHERE migration_id = $1::text::int",
-            &[Some(&id), Some(&text), error.hint().as_deref(), Some(waiting)],
-        );
-        if shown.is_err() {
-            exit(1);
-        }
-        Next::Wait(Duration::from_millis(50))
-    }
-
-    /// After an error: replication works again.
-    fn recovered(&mut self) -> Result<()> {
-        self.failures = 0;
-        self.retry_at = None;
-        if self.had_error {
-            self.had_error = false;
-            let id = self.id();
-            self.write(
-                "UPDATE crossover.activity SET waiting_for = NULL, last_error_hint = NULL WHERE migration_id = $1::text::int",
-                &[Some(&id)],
-            )?;
-        }
-        Ok(())
-    }
-
-    /// Writes the figures that `migration_status` shows, brings conflicts home and lists parked rows.
-    fn figures(&mut self, outcome: &Outcome) -> Result<()> {
-        if Instant::now() < self.figures_at {
-            return Ok(());
-        }
-        self.figures_at = Instant::now() + FIGURES_EVERY;
-        let id = self.id();
-        let mut backlog = outcome.scopes.max(outcome.left);
-        if outcome.left >= MANY {
-            backlog = self.waiting()?;
-        }
-        let (rows, parked) = (backlog.to_string(), outcome.parked.to_string());
-        let since = outcome.oldest.filter(|_| backlog > 0).map(|m| m.to_string());
-        self.write(
-            "UPDATE crossover.activity SET backlog_rows = $2::text::bigint, backlog_since = to_timestamp($3::text::numeric / 1000000), \
-             parked = $4::text::bigint WHERE migration_id = $1::text::int \
-             AND (backlog_rows, parked) IS DISTINCT FROM ($2::text::bigint, $4::text::bigint)",
-            &[Some(&id), Some(&rows), since.as_deref(), Some(&parked)],
-        )?;
-        if self.ctx.second.is_some() && self.ctx.migration.state != State::Copying {
-            ending::bring_conflicts_home(&mut self.ctx)?;
-        }
-        if outcome.parked > 0 || self.had_error || parked::are_listed(&mut self.ctx) {
-            parked::list(&mut self.ctx)?;
-        }
-        Ok(())
-    }
-
-    /// How many scopes are owed to either store.
-    fn waiting(&mut self) -> Result<usize> {
-        let (first, second) = self.ctx.stores()?;
-        first.session.begin(Isolation::ReadCommitted, &[])?;
-        let waiting = first.waiting();
-        first.session.rollback();
-        Ok(waiting? + second.waiting()?)
     }
 
     /// Empties consumed logs on both stores, and forgets old requests.
@@ -631,16 +416,6 @@ impl Worker {
             &[Some(&id)],
         )?;
         Ok(())
-    }
-}
-
-/// As `migration_status` says it.
-fn waiting_for(error: &Error) -> &'static str {
-    match error {
-        Error::Version { .. } => "library and extension to be of one version",
-        Error::NoWorkerSlot { .. } => "a free slot of max_worker_processes",
-        e if is_transient(e) => "the second server",
-        _ => "the error to be mended",
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use pgrx_tests::cluster::explain;
+use pgrx_tests::cluster::{explain, sqlstate};
 use pgrx_tests::market;
 use pgrx_tests::process;
 use pgrx_tests::wait::{SOON, until};
@@ -11,10 +11,6 @@ use serde_json::{Value, json};
 
 fn is_superuser(pair: &Pair, role: &str) -> bool {
     pair.first.text(&format!("SELECT rolsuper FROM pg_roles WHERE rolname = '{role}'")).as_deref() == Some("t")
-}
-
-fn sqlstate(error: &postgres::Error) -> String {
-    error.code().map(|c| c.code().to_owned()).unwrap_or_default()
 }
 
 #[test]
