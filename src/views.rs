@@ -385,12 +385,10 @@ pub fn create_rule_views(
         if migration.owner_is_superuser {
             return Ok(());
         }
-        // One at a time: of two transactions that change the schema's privileges, the second would fail.
+        // One at a time: of two transactions that change the schema's privileges, the second would fail. By a lock that is given up after
+        // the change is announced: who has a row's lock may still have its old version in its cache.
         session.set_lock_timeout(settings::lock_attempt())?;
-        session.admin_query(
-            "SELECT FROM pg_namespace WHERE nspname = $1::text::name FOR UPDATE",
-            &[Some(objects.schema().as_str())],
-        )?;
+        session.admin_batch("LOCK TABLE crossover.migration IN SHARE UPDATE EXCLUSIVE MODE")?;
         session.set_lock_timeout(std::time::Duration::ZERO)?;
         session.admin_batch(&format!(
             "{verb} USAGE, CREATE ON SCHEMA {} {word} {}",

@@ -367,10 +367,13 @@ fn strangers_neither_see_nor_steer() {
                  $$ BEGIN INSERT INTO leaked VALUES ($1); RETURN true; END $$",
         )
         .expect("a function");
-    for view in
-        ["migration_status", "migration_details", "migration_progress", "migration_conflicts", "migration_history"]
+    // By a column: PostgreSQL pushes no condition on whole rows down into a view.
+    let views =
+        ["migration_status", "migration_details", "migration_progress", "migration_conflicts", "migration_history"];
+    for (view, column) in
+        views.map(|view| (view, "name")).into_iter().chain([("migration_conflicts", "first_image::text")])
     {
-        let rows = rival.query(&format!("SELECT FROM {view} AS v WHERE pg_temp.leak(v::text)"), &[]).expect(view);
+        let rows = rival.query(&format!("SELECT FROM {view} WHERE pg_temp.leak({column})"), &[]).expect(view);
         assert!(rows.is_empty(), "{view}");
     }
     assert!(rival.query("SELECT FROM leaked", &[]).expect("a table").is_empty());
