@@ -72,16 +72,10 @@ impl Journal {
     /// Ends the writers; the entries that were acknowledged to them.
     pub fn stop(self) -> HashSet<String> {
         let Self { load, acked } = self;
-        let tally = load.stop();
-        let errors: Vec<_> = tally.errors.iter().filter(|e| !is_a_refused_connection(e)).collect();
+        let errors = load.stop().errors;
         assert!(errors.is_empty(), "writers saw errors: {errors:#?}");
         std::mem::take(&mut *acked.lock().unwrap_or_else(PoisonError::into_inner))
     }
-}
-
-/// A server in recovery refuses connections: that is no error of a statement.
-fn is_a_refused_connection(error: &str) -> bool {
-    error.contains("Connect") || error.contains("57P03")
 }
 
 /// Compares both stores, at rest, with each other and with what was acknowledged.

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use postgres::{Client, Config, Error, NoTls};
 
 use crate::cluster::explain;
+use crate::migration::is_disconnect;
 use crate::wait::{SOON, beat, until};
 
 /// What the clients saw since they were last asked.
@@ -17,6 +18,8 @@ pub struct Tally {
     pub done: u64,
     /// The first errors, as clients saw them.
     pub errors: Vec<String>,
+    /// The first attempts to connect that came to nothing, as they do while a server is down.
+    pub refused: Vec<String>,
     /// The longest that a transaction took.
     pub slowest: Duration,
 }
@@ -25,6 +28,7 @@ impl Tally {
     /// Asserts that no client saw an error and that the clients did work.
     pub fn assert_clean(&self, when: &str) {
         assert!(self.errors.is_empty(), "clients saw errors {when}: {:#?}", self.errors);
+        assert!(self.refused.is_empty(), "clients could not connect {when}: {:#?}", self.refused);
         assert!(self.done > 0, "no client got anything done {when}");
     }
 
@@ -62,7 +66,8 @@ impl Load {
             })
             .collect();
         let load = Self { stop, tally, threads };
-        until("the clients work", SOON, || load.peek().done > 0 || !load.peek().errors.is_empty());
+        let says_something = |tally: Tally| tally.done > 0 || !tally.errors.is_empty() || !tally.refused.is_empty();
+        until("the clients work", SOON, || says_something(load.peek()));
         load
     }
 
@@ -115,6 +120,15 @@ fn client(number: usize, config: &Config, work: &Work, stop: &AtomicBool, tally:
                 // Connecting is no work done.
                 Ok(client) => {
                     *lost = Some(client);
+                    continue;
+                }
+                Err(e) if is_disconnect(&e) => {
+                    let mut tally = tally.lock().unwrap_or_else(PoisonError::into_inner);
+                    if tally.refused.len() < ENOUGH {
+                        tally.refused.push(format!("client {number}: {}", explain(&e)));
+                    }
+                    drop(tally);
+                    beat();
                     continue;
                 }
                 Err(e) => Err(e),
