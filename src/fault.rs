@@ -11,6 +11,7 @@ use crate::error::Result;
 pub const POINTS: &[&str] = &[
     "scout:begun",
     "clerk:begun",
+    "clerk:filing",
     "clerk:filed",
     "request:taken",
     "request:answering",

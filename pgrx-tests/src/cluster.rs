@@ -14,7 +14,7 @@ use postgres::{Client, Config, NoTls};
 use tempfile::TempDir;
 
 use crate::installation::{Installation, run, tail};
-use crate::logs::Findings;
+use crate::logs::{Findings, Line};
 use crate::process::{self, Watchdog};
 use crate::template::{self, DATABASE};
 use crate::wait::{SOON, until, until_some};
@@ -34,6 +34,7 @@ max_wal_size = 4GB
 checkpoint_timeout = 30min
 log_lock_waits = on
 log_line_prefix = '%m [%p] %b/%a/%e '
+log_timezone = 'UTC'
 ";
 
 /// How to stop a server.
@@ -218,6 +219,17 @@ impl Cluster {
     pub fn postmaster(&self) -> Option<i32> {
         let text = fs::read_to_string(self.data.join("postmaster.pid")).ok()?;
         text.lines().next()?.trim().parse().ok().filter(|pid| process::is_alive(*pid))
+    }
+
+    /// Writes into `postmaster.pid` what the postmaster itself writes there when it becomes `ready` or is `stopping`.
+    pub fn set_status(&self, status: &str) {
+        const LINE: usize = 7;
+        let path = self.data.join("postmaster.pid");
+        let text = fs::read_to_string(&path).expect("postmaster.pid");
+        let mut lines: Vec<&str> = text.lines().collect();
+        lines[LINE] = status;
+        // In place: it stays the server user's.
+        fs::write(&path, lines.join("\n") + "\n").expect("postmaster.pid to be written");
     }
 
     /// Has the server ask these roles for a password; all others it trusts.
@@ -408,6 +420,11 @@ impl Cluster {
     /// What the server's log holds that no test may cause.
     pub fn findings(&self, crashes_expected: bool) -> Findings {
         Findings::of(&self.log_path(), crashes_expected)
+    }
+
+    /// The lines of the server's log, with their times.
+    pub fn log_lines(&self) -> Vec<Line> {
+        Line::all(&self.log_path())
     }
 
     /// The end of the server's log.

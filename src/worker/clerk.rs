@@ -171,7 +171,7 @@ fn file(request: &Request) -> Result<i64> {
         wait_latch(Duration::from_millis(10));
     }
     session.begin(Isolation::ReadCommitted, &[])?;
-    let filed = file_in(&mut session, request);
+    let filed = file_in(&mut session, request).and_then(|filed| fault::point("clerk:filing").map(|()| filed));
     match filed {
         Ok((id, migration)) => {
             if !request.caller.is_waiting()? {
@@ -270,11 +270,12 @@ fn file_in(session: &mut LocalSession, request: &Request) -> Result<(i64, i32)> 
             e => e,
         })?;
     }
-    let answer = answer_of_the_past(session, request)?;
     if request.kind == "pause" {
+        // Before the row is locked below: two clerks that both want to change what the other has locked would wait for each other.
         session
             .execute("UPDATE crossover.migration SET paused = true WHERE name = $1::text", &[Some(&request.name)])?;
     }
+    let answer = answer_of_the_past(session, request)?;
     let status = if answer.is_some() { "done" } else { "queued" };
     let rows = session.query(
         "INSERT INTO crossover.request (migration_id, kind, arguments, who, caller_pid, caller_call, deadline, status, answer) \
@@ -300,11 +301,15 @@ fn file_in(session: &mut LocalSession, request: &Request) -> Result<(i64, i32)> 
 
 /// A migration that has ended has no worker to ask: the answer, where it is what was asked for.
 ///
+/// Locks the migration's row until the request is filed or refused: a worker that notes the end meanwhile waits for that, and then finds
+/// the request when it looks for the last time. So there is none that comes after the last look.
+///
 /// # Errors
 /// `WrongState` where it is not.
 fn answer_of_the_past(session: &mut LocalSession, request: &Request) -> Result<Option<String>> {
     let rows = session.query(
-        "SELECT state FROM crossover.migration WHERE name = $1::text AND phase = 'done' AND state IN ('finished', 'cancelled')",
+        "SELECT CASE WHEN phase = 'done' AND state IN ('finished', 'cancelled') THEN state END FROM crossover.migration \
+         WHERE name = $1::text FOR SHARE",
         &[Some(&request.name)],
     )?;
     let Some(state) = rows.first().and_then(|r| r[0].as_deref()) else { return Ok(None) };

@@ -286,7 +286,8 @@ impl Worker {
             Phase::Done => return Ok(Next::Stop),
             Phase::Finishing => {
                 ending::clean_up(&mut self.ctx)?;
-                return Ok(Next::Stop);
+                // What was filed meanwhile has an answer first. Nothing is filed any more after this phase (see the clerk).
+                return Ok(Next::Again);
             }
             _ => {}
         }

@@ -20,6 +20,7 @@ use serde_json::json;
 mod steps {
     pub const START: &[&str] = &[
         "clerk:begun",
+        "clerk:filing",
         "clerk:filed",
         "request:taken",
         "cleanup:triggers",
@@ -78,7 +79,7 @@ mod steps {
         "switch:first-committed",
     ];
     pub const CONFLICT: &[&str] = &["conflict:copied"];
-    pub const REQUEST: &[&str] = &["clerk:begun", "clerk:filed", "request:taken", "request:answering"];
+    pub const REQUEST: &[&str] = &["clerk:begun", "clerk:filing", "clerk:filed", "request:taken", "request:answering"];
     pub const CANCEL: &[&str] =
         &["end:moved", "cancel:committed", "cleanup:triggers", "cleanup:peer", "request:answering"];
     pub const FINISH: &[&str] =
@@ -186,7 +187,7 @@ fn starts() {
             let mut transaction = in_the_way.transaction().expect("a transaction");
             transaction.batch_execute("INSERT INTO trail VALUES (99, '')").expect("an insert");
             blow.strike(&pair, point, || {
-                let call = "SELECT migration_start($1, $2::jsonb, $3::jsonb, '500 milliseconds')::text";
+                let call = "SELECT migration_start($1, $2::jsonb, $3::jsonb, '5 seconds')::text";
                 let mut client = pair.first.connect_soon();
                 let result = client.query_one(call, &[&NAME, &writers::mapping(), &options]);
                 any_end(&what, result.map(|row| row.get(0)));
@@ -209,7 +210,8 @@ fn copies() {
     let before = Untouched::of(&pair);
     let writers = Writers::start(&pair);
     let migration = Migration::named(&pair, NAME);
-    let options = json!({"chunk_rows": 50, "copy_workers": 2, "copy_rate": 400});
+    // It is not complete before it may be, however long the blows take: more than two minutes at this rate.
+    let options = json!({"chunk_rows": 50, "copy_workers": 2, "copy_rate": 40});
     migration.try_start(&writers::mapping(), &options).unwrap_or_else(|e| panic!("{}", explain(&e)));
     for blow in BLOWS {
         for point in steps::COPY {

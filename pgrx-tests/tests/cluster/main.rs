@@ -24,6 +24,7 @@ mod partitions;
 mod pg_upgrade;
 mod pgbench;
 mod refusals;
+mod requests;
 mod resolve;
 mod roles;
 mod server;

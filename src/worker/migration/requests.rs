@@ -77,6 +77,9 @@ impl Worker {
             let result = wanted.and_then(|()| self.carry_out(&field(1), &arguments, &order));
             self.serving = false;
             self.ctx.rollback_all();
+            if matches!(result, Err(Error::Withdrawn)) {
+                await_shutdown();
+            }
             let result = result.map_err(|e| self.explained(e));
             if result.as_ref().is_err_and(Error::is_cancel) && self.ctx.reload()? && self.ctx.migration.paused {
                 // Sent for what was going on before this request, by a pause (perhaps this one): it is served again.
@@ -186,6 +189,9 @@ impl Worker {
     /// # Errors
     /// `Error::NotCleanedUp`: it has ended all the same.
     fn clean_up(&mut self, order: &Order, force: bool) -> Result<()> {
+        if self.ctx.migration.phase == Phase::Done {
+            return Ok(());
+        }
         loop {
             let Err(e) = ending::clean_up(&mut self.ctx) else { return Ok(()) };
             if force {
@@ -281,6 +287,24 @@ impl Worker {
         self.write("DELETE FROM crossover.migration WHERE id = $1::text::int", &[Some(&id)])?;
         Ok(())
     }
+}
+
+/// A fast shutdown ends callers, and us, in whatever order: a caller that has gone has withdrawn nothing then, and the request is one that was
+/// cut off. Returns where no shutdown has begun; where one has, but is one that lets sessions end by themselves, after a while.
+fn await_shutdown() {
+    let until = Instant::now() + Duration::from_secs(10);
+    while shutdown_has_begun() && Instant::now() < until {
+        wait_latch(Duration::from_millis(20));
+    }
+}
+
+/// As the postmaster writes it into `postmaster.pid` (`LOCK_FILE_LINE_PM_STATUS`) before it sends the first signal.
+fn shutdown_has_begun() -> bool {
+    const STATUS_LINE: usize = 8;
+    const STOPPING: &str = "stopping";
+    // The working directory of every server process is the data directory.
+    std::fs::read_to_string("postmaster.pid")
+        .is_ok_and(|text| text.lines().nth(STATUS_LINE - 1).is_some_and(|status| status.trim() == STOPPING))
 }
 
 /// Gives the caller a moment to read its answer before the row goes.
