@@ -9,7 +9,8 @@ use crate::cluster::Cluster;
 use crate::load::{Load, Tally};
 use crate::migration::is_disconnect;
 use crate::pair::Pair;
-use crate::wait::{SOON, until};
+use crate::wait::{LONG, until};
+use crate::writers::writer;
 
 /// Creates the table with `old` entries in it, and its counterpart.
 pub fn create(pair: &Pair, old: u32) {
@@ -45,7 +46,7 @@ impl Journal {
     pub fn start(pair: &Pair, clients: usize, tag: &str) -> Self {
         let acked = Arc::new(Mutex::new(HashSet::new()));
         let (book, tag) = (Arc::clone(&acked), tag.to_owned());
-        let load = Load::start(&pair.first.config("app"), clients, move |client, round, connection| {
+        let load = Load::start(&writer(&pair.first), clients, move |client, round, connection| {
             let token = format!("{tag} {client} {round}");
             match connection.query_one("INSERT INTO journal (token) VALUES ($1) RETURNING id", &[&token]) {
                 Ok(_) => book.lock().unwrap_or_else(PoisonError::into_inner).insert(token),
@@ -66,7 +67,7 @@ impl Journal {
     pub fn until_acked(&self, count: usize) {
         let acked = || self.acked.lock().unwrap_or_else(PoisonError::into_inner).len();
         let goal = acked() + count;
-        until("the writers of the journal have done their work", SOON, || acked() >= goal);
+        until("the writers of the journal have done their work", LONG, || acked() >= goal);
     }
 
     /// Ends the writers; the entries that were acknowledged to them.

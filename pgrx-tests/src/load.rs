@@ -3,13 +3,13 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use postgres::{Client, Config, Error, NoTls};
 
 use crate::cluster::explain;
 use crate::migration::is_disconnect;
-use crate::wait::{SOON, beat, until};
+use crate::wait::{LONG, SOON, Stopwatch, beat, until};
 
 /// What the clients saw since they were last asked.
 #[derive(Debug, Default, Clone)]
@@ -20,7 +20,7 @@ pub struct Tally {
     pub errors: Vec<String>,
     /// The first attempts to connect that came to nothing, as they do while a server is down.
     pub refused: Vec<String>,
-    /// The longest that a transaction took.
+    /// The longest that a transaction took, by a [`Stopwatch`].
     pub slowest: Duration,
 }
 
@@ -79,7 +79,7 @@ impl Load {
     /// Waits until `count` more transactions have been done.
     pub fn until_done(&self, count: u64) {
         let goal = self.peek().done + count;
-        until("the clients have done their work", SOON, || self.peek().done >= goal);
+        until("the clients have done their work", LONG, || self.peek().done >= goal);
     }
 
     /// Lets each client end its transaction and returns what they saw since the last [`Load::take`].
@@ -113,7 +113,7 @@ fn client(number: usize, config: &Config, work: &Work, stop: &AtomicBool, tally:
     let mut connection: Option<Client> = None;
     let mut round = 0;
     while !stop.load(Ordering::Relaxed) {
-        let began = Instant::now();
+        let began = Stopwatch::start();
         let result = match &mut connection {
             Some(client) if !client.is_closed() => work(number, round, client),
             lost => match config.connect(NoTls) {

@@ -44,8 +44,8 @@ impl<'a> Migration<'a> {
 
     /// `migration_start`.
     pub fn try_start(&self, mapping: &Value, options: &Value) -> Result<String, Error> {
-        let query = "SELECT migration_start($1, $2::jsonb, $3::jsonb)::text";
-        Ok(self.try_connect()?.query_one(query, &[&self.name, mapping, options])?.get(0))
+        let query = "SELECT migration_start($1, $2::jsonb, $3::jsonb, $4::text::interval)::text";
+        Ok(self.try_connect()?.query_one(query, &[&self.name, mapping, options, &interval(LONG)])?.get(0))
     }
 
     /// Waits until the copy is complete and all that was committed before the call has been replicated.
@@ -56,12 +56,15 @@ impl<'a> Migration<'a> {
     /// `migration_wait`.
     pub fn try_wait(&self, timeout: Duration) -> Result<String, Error> {
         let query = "SELECT migration_wait($1, $2::text::interval)::text";
-        Ok(self.try_connect()?.query_one(query, &[&self.name, &interval(timeout)])?.get(0))
+        let mut client = self.try_connect()?;
+        // This timeout counts, whatever the statements of the tests have.
+        client.batch_execute("SET statement_timeout = 0")?;
+        Ok(client.query_one(query, &[&self.name, &interval(timeout)])?.get(0))
     }
 
     /// Moves to a state.
     pub fn set_state(&self, to: &str) {
-        let state = self.try_set_state(to, SOON).unwrap_or_else(|e| self.fail(&format!("set_state {to}"), &e));
+        let state = self.try_set_state(to, LONG).unwrap_or_else(|e| self.fail(&format!("set_state {to}"), &e));
         assert_eq!(state, to, "the state after the switch");
         assert_eq!(self.state(), to, "the state that the status shows after the switch");
     }
@@ -73,9 +76,10 @@ impl<'a> Migration<'a> {
 
     /// `migration_set_state` with `force`.
     pub fn force_state(&self, to: &str) {
-        let query = "SELECT migration_set_state($1, $2::text::migration_state, force => true)::text";
+        let query =
+            "SELECT migration_set_state($1, $2::text::migration_state, $3::text::interval, force => true)::text";
         self.connect()
-            .query_one(query, &[&self.name, &to])
+            .query_one(query, &[&self.name, &to, &interval(LONG)])
             .unwrap_or_else(|e| self.fail(&format!("set_state {to}, forced"), &e));
     }
 
@@ -100,8 +104,8 @@ impl<'a> Migration<'a> {
 
     /// `migration_finish` or `migration_cancel`, as `verb` says.
     pub fn try_end(&self, verb: &str) -> Result<String, Error> {
-        let query = format!("SELECT migration_{verb}($1)::text");
-        Ok(self.try_connect()?.query_one(&query, &[&self.name])?.get(0))
+        let query = format!("SELECT migration_{verb}($1, $2::text::interval)::text");
+        Ok(self.try_connect()?.query_one(&query, &[&self.name, &interval(LONG)])?.get(0))
     }
 
     /// `migration_pause` or `migration_resume`, as `verb` says.
@@ -201,6 +205,17 @@ pub fn set_state(client: &mut Client, name: &str, to: &str, timeout: Duration) -
 /// A duration as PostgreSQL's interval.
 fn interval(duration: Duration) -> String {
     format!("{} milliseconds", duration.as_millis())
+}
+
+/// How long a call that was given up says that it has tried.
+///
+/// # Panics
+/// When it does not say so.
+pub fn waited(error: &Error) -> Duration {
+    let text = explain(error);
+    let ms =
+        text.split_once("within ").and_then(|(_, rest)| rest.split_once(" ms")).and_then(|(ms, _)| ms.parse().ok());
+    Duration::from_millis(ms.unwrap_or_else(|| panic!("it does not say how long it has tried: {text}")))
 }
 
 /// Whether an error is the end of a connection, of which a client does not know what became of its last statement.

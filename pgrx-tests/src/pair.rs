@@ -13,6 +13,9 @@ use crate::template::DATABASE;
 /// A test that takes longer hangs: the process ends, and with it the clusters.
 const TOO_LONG: Duration = Duration::from_secs(420);
 
+/// The same for one that moves millions of rows.
+const MUCH_TOO_LONG: Duration = Duration::from_secs(1500);
+
 /// Two clusters; `second_server` on the first leads to the second.
 ///
 /// When a test that passed drops it, both logs are searched for what may never be there.
@@ -35,6 +38,15 @@ impl Pair {
 
     /// The same with further lines of configuration.
     pub fn with(first: &[&str], second: &[&str]) -> Self {
+        Self::within(TOO_LONG, first, second)
+    }
+
+    /// As [`Pair::with`], for a test that may take long.
+    pub fn for_long(first: &[&str], second: &[&str]) -> Self {
+        Self::within(MUCH_TOO_LONG, first, second)
+    }
+
+    fn within(limit: Duration, first: &[&str], second: &[&str]) -> Self {
         assert!(
             Installation::get().has_extension(),
             "pg_crossover is not installed below {}: let make install the test build there",
@@ -42,22 +54,22 @@ impl Pair {
         );
         let mut lines = vec!["shared_preload_libraries = 'pg_crossover'"];
         lines.extend(first);
-        let pair = Self::bare(&lines, second);
+        let pair = Self::bare(limit, &lines, second);
         pair.first.sql("CREATE EXTENSION pg_crossover");
         pair
     }
 
     /// Two clusters connected by postgres_fdw, without the extension: to test the harness itself.
     pub fn plain() -> Self {
-        Self::bare(&[], &[])
+        Self::bare(TOO_LONG, &[], &[])
     }
 
-    fn bare(first: &[&str], second: &[&str]) -> Self {
+    fn bare(limit: Duration, first: &[&str], second: &[&str]) -> Self {
         let (alarm, called_off) = channel::<()>();
         let test = thread::current().name().unwrap_or("a test").to_owned();
         thread::spawn(move || {
-            if called_off.recv_timeout(TOO_LONG) == Err(RecvTimeoutError::Timeout) {
-                eprintln!("{test} has hung for {TOO_LONG:?}");
+            if called_off.recv_timeout(limit) == Err(RecvTimeoutError::Timeout) {
+                eprintln!("{test} has hung for {limit:?}");
                 std::process::abort();
             }
         });

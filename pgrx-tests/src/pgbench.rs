@@ -10,7 +10,7 @@ use std::time::Duration;
 use crate::cluster::Cluster;
 use crate::installation::{Installation, run};
 use crate::process;
-use crate::wait::{SOON, until, until_some};
+use crate::wait::{LONG, SOON, until, until_some};
 
 /// A running pgbench; dropping it kills it.
 pub struct Pgbench {
@@ -65,7 +65,7 @@ impl Pgbench {
     /// Waits until it has done about `count` more transactions.
     pub fn until_done(&mut self, count: u64) {
         let goal = self.transactions() + count;
-        until("pgbench has done more", SOON, || self.is_over() || self.transactions() >= goal);
+        until("pgbench has done more", LONG, || self.is_over() || self.transactions() >= goal);
     }
 
     /// Whether it has ended by itself, which it does when all its clients were aborted.

@@ -16,7 +16,8 @@ use serde_json::{Value, json};
 use crate::cluster::{Cluster, explain};
 use crate::migration::{Migration, is_disconnect};
 use crate::pair::Pair;
-use crate::wait::{SOON, beat, until};
+use crate::wait::{LONG, beat, until};
+use crate::writers::writer;
 
 /// Few rows, so that the clients meet.
 const KEYS: i32 = 12;
@@ -52,7 +53,7 @@ impl Door {
     /// The table of the first shape under its own name, on the first server.
     pub fn first(pair: &Pair) -> Self {
         Self {
-            config: pair.first.config("app"),
+            config: writer(&pair.first),
             append: "UPDATE trail SET trail = trail || $2 WHERE id = $1".into(),
             insert: "INSERT INTO trail (id, trail) VALUES ($1, $2)".into(),
             delete: "DELETE FROM trail WHERE id = $1 RETURNING trail".into(),
@@ -61,12 +62,12 @@ impl Door {
 
     /// The view of the second shape, on the first server.
     pub fn second_view(pair: &Pair) -> Self {
-        Self::of_the_second_shape(pair.first.config("app"), "public.path")
+        Self::of_the_second_shape(writer(&pair.first), "public.path")
     }
 
     /// The table on the second server itself.
     pub fn second(pair: &Pair) -> Self {
-        Self::of_the_second_shape(pair.second.config("app"), "rail.path")
+        Self::of_the_second_shape(writer(&pair.second), "rail.path")
     }
 
     fn of_the_second_shape(config: Config, table: &str) -> Self {
@@ -131,13 +132,18 @@ impl Tokens {
     /// Waits until `count` more tokens were acknowledged: the clients work, through whatever is being done to the servers.
     pub fn until_acked(&self, count: usize) {
         let goal = lock(&self.ledger).acked.len() + count;
-        until("the clients of the token check have done their work", SOON, || lock(&self.ledger).acked.len() >= goal);
+        until("the clients of the token check have done their work", LONG, || lock(&self.ledger).acked.len() >= goal);
+    }
+
+    /// Waits until `count` tokens have been acknowledged since the start.
+    pub fn until_acked_in_all(&self, count: usize) {
+        until("the clients of the token check have done enough", LONG, || lock(&self.ledger).acked.len() >= count);
     }
 
     /// Waits until each client has got a token acknowledged since now, whatever had become of its connection.
     pub fn until_each_acked(&self) {
         let before = lock(&self.ledger).acked_by.clone();
-        until("each client of the token check works", SOON, || {
+        until("each client of the token check works", LONG, || {
             let now = lock(&self.ledger).acked_by.clone();
             now.len() == self.threads.len() && now.iter().all(|(name, count)| before.get(name) < Some(count))
         });

@@ -21,6 +21,8 @@ pub struct Wire {
     listener: TcpListener,
     cut: Arc<AtomicBool>,
     ended: Arc<AtomicBool>,
+    /// Held while a connection is taken.
+    taking: Arc<Mutex<()>>,
     /// Connections that nobody accepts: with them the listener's queue is full, and the kernel drops what comes.
     fillers: Mutex<Vec<TcpStream>>,
 }
@@ -42,17 +44,19 @@ impl Wire {
             listener: listener.try_clone().expect("a socket"),
             cut: cut.clone(),
             ended: ended.clone(),
+            taking: Arc::default(),
             fillers: Mutex::default(),
         };
+        let taking = Arc::clone(&wire.taking);
         thread::spawn(move || {
             while !ended.load(Ordering::SeqCst) {
-                if cut.load(Ordering::SeqCst) {
-                    beat();
-                    continue;
-                }
-                match listener.accept() {
-                    Ok((client, _)) => connect(client, port, &cut, &ended),
-                    Err(_) => beat(),
+                let taken = {
+                    let _taking = taking.lock().expect("the acceptor alone");
+                    if cut.load(Ordering::SeqCst) { None } else { listener.accept().ok() }
+                };
+                match taken {
+                    Some((client, _)) => connect(client, port, &cut, &ended),
+                    None => beat(),
                 }
             }
         });
@@ -71,6 +75,8 @@ impl Wire {
     /// From here on nothing gets through, and nobody is told.
     pub fn cut(&self) {
         self.cut.store(true, Ordering::SeqCst);
+        // One that is being taken is taken first, and no other: the queue stays full.
+        drop(self.taking.lock().expect("the acceptor"));
         self.listen(0);
         let mut fillers = self.fillers.lock().expect("the fillers");
         while let Ok(filler) = TcpStream::connect_timeout(&self.address(), UNANSWERED) {

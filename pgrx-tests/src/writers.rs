@@ -5,6 +5,7 @@
 use std::collections::{BTreeSet, HashSet};
 use std::time::Instant;
 
+use postgres::Config;
 use serde_json::{Value, json};
 
 use crate::cluster::{Cluster, explain};
@@ -13,11 +14,22 @@ use crate::migration::{Migration, is_disconnect};
 use crate::pair::Pair;
 use crate::process;
 use crate::schema::{assert_same_dump, traces, workers};
+use crate::template::DATABASE;
 use crate::tokens::{self, Door, Tokens};
-use crate::wait::{SOON, until, until_some};
+use crate::wait::{LONG, SOON, until, until_some};
+
+/// The `application_name` of the writers.
+pub const WRITER: &str = "crossover writer";
 
 /// What the migration of both tables is called.
 pub const NAME: &str = "rail";
+
+/// How a writer connects.
+pub fn writer(cluster: &Cluster) -> Config {
+    let mut config = cluster.config(DATABASE);
+    config.application_name(WRITER);
+    config
+}
 
 /// A pair with both tables, `old` entries in the journal. Processes may be killed.
 pub fn pair(old: u32) -> Pair {
@@ -109,7 +121,7 @@ pub fn until_replicated(pair: &Pair, state: &str) {
     let on_first = || last(&pair.first, first, "id");
     let on_second = || last(&pair.second, "ledger.entry", "entry_no");
     let mut goal = None;
-    until("replication goes on", SOON, || {
+    until("replication goes on", LONG, || {
         let (source, destination) = if second { (on_second(), on_first()) } else { (on_first(), on_second()) };
         goal = goal.or(source);
         goal.is_some() && destination >= goal
@@ -156,7 +168,7 @@ pub fn any_end(what: &str, result: Result<String, postgres::Error>) {
 
 /// The state once nothing is half done, `none` where there is no migration.
 pub fn at_rest(pair: &Pair, what: &str) -> String {
-    until_some(&format!("{what}: the migration is at rest"), SOON, || {
+    until_some(&format!("{what}: the migration is at rest"), LONG, || {
         let query = "SELECT state::text, phase FROM migration_status WHERE name = $1";
         let row = pair.first.try_connect().ok()?.query_opt(query, &[&NAME]).ok()?;
         let (state, phase) = row.map_or_else(|| ("none".into(), String::new()), |r| (r.get(0), r.get::<_, String>(1)));

@@ -3,11 +3,11 @@
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use pgrx_tests::cluster::explain;
 use pgrx_tests::tokens::{self, Door, Summary, Tokens};
-use pgrx_tests::wait::{LONG, SOON, for_a, until};
+use pgrx_tests::wait::{LONG, SOON, Stopwatch, for_a, until};
 use pgrx_tests::writers::Generation;
 use pgrx_tests::{Migration, Pair, Witness, market, process};
 use rand::rngs::StdRng;
@@ -60,13 +60,14 @@ fn token_round(
     migration: &Migration,
     death: Death,
     seed: u64,
-    period: Duration,
+    (period, least): (Duration, usize),
 ) -> Result<Summary, String> {
     let clients = Tokens::start(&doors(pair), seed);
     let stop = AtomicBool::new(false);
     let deaths = thread::scope(|scope| {
         let reaper = scope.spawn(|| reaper(pair, migration, death, seed, &stop));
         for_a(period);
+        clients.until_acked_in_all(least);
         stop.store(true, Ordering::Relaxed);
         reaper.join().expect("the reaper")
     });
@@ -88,7 +89,7 @@ fn no_token_is_lost_with_the_worker_killed_at_random() {
     }
     migration.set_state("both");
     let seed = tokens::seed();
-    let summary = token_round(&pair, &migration, Death::KilledToo, seed, Duration::from_secs(20))
+    let summary = token_round(&pair, &migration, Death::KilledToo, seed, (Duration::from_secs(20), 501))
         .unwrap_or_else(|wrong| panic!("{wrong}"));
     assert!(summary.tokens > 500 && summary.conflicts > 0, "hardly anything happened: {summary:?}");
 
@@ -108,7 +109,7 @@ fn no_token_is_lost_on_the_way_back() {
     let migration = started(&pair);
     migration.set_state("both");
     let seed = tokens::seed();
-    token_round(&pair, &migration, Death::Terminated, seed, Duration::from_secs(8))
+    token_round(&pair, &migration, Death::Terminated, seed, (Duration::from_secs(8), 0))
         .unwrap_or_else(|wrong| panic!("{wrong}"));
     migration.set_state("first");
     let clients = Tokens::start(&[Door::first(&pair), Door::first(&pair)], seed + 1);
@@ -185,7 +186,9 @@ fn unflushed_commits(safeguard_taken_out: Option<&str>) -> Result<(), String> {
     if let Some(safeguard) = safeguard_taken_out {
         pair.first.break_protocol(safeguard);
     }
-    for round in 0..5 {
+    // What is not flushed need not be lost every time.
+    let rounds = if safeguard_taken_out.is_some() { 50 } else { 5 };
+    for round in 0..rounds {
         let mut client = pair.first.connect_soon();
         let mut victim = pair.first.connect_soon();
         let pid: i32 = victim.query_one("SELECT pg_backend_pid()", &[]).expect("a pid").get(0);
@@ -264,9 +267,9 @@ fn counters_behind_expressions_lose_no_addition() {
     // The same while the store changes under them.
     thread::scope(|scope| {
         let counting = scope.spawn(|| count_up(&pair, 4, 400));
-        let began = Instant::now();
+        let began = Stopwatch::start();
         while !counting.is_finished() {
-            assert!(began.elapsed() < LONG, "the counters do not get on");
+            assert!(began.elapsed() < LONG * 2, "the counters do not get on");
             migration.walk(&["both", "second"]);
         }
     });

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use pgrx_tests::cluster::{Cluster, explain};
 use pgrx_tests::process;
-use pgrx_tests::wait::{SOON, until};
+use pgrx_tests::wait::{LONG, SOON, until};
 use pgrx_tests::{Migration, Pair};
 use serde_json::{Value, json};
 
@@ -360,7 +360,7 @@ fn prepared_transactions_are_waited_for_or_captured() {
     };
     // Before the start: its changes would be in no snapshot of the copy and in no log.
     prepare("before", "UPDATE account SET total = 1 WHERE id = 1; DELETE FROM tag WHERE id = 5");
-    let error = explain(&start("1 s").expect_err("a prepared transaction"));
+    let error = explain(&start("5 s").expect_err("a prepared transaction"));
     assert!(error.starts_with("55P03") && error.contains("prepared transaction 'before'"), "{error}");
     commit("before");
     // An old snapshot, which holds no lock, does not keep a start off; what it writes later is captured.
@@ -377,7 +377,7 @@ fn prepared_transactions_are_waited_for_or_captured() {
     });
     assert_eq!(pair.second.text("SELECT count(*) FROM v2.tag WHERE id = 6001").as_deref(), Some("0"));
     // The takeover needs the table to itself.
-    let error = migration.try_set_state("both", Duration::from_secs(1)).expect_err("a prepared transaction");
+    let error = migration.try_set_state("both", Duration::from_secs(5)).expect_err("a prepared transaction");
     assert!(explain(&error).contains("prepared transaction 'copying'"), "{}", explain(&error));
     commit("copying");
     migration.settle();
@@ -386,7 +386,7 @@ fn prepared_transactions_are_waited_for_or_captured() {
     prepare("both", "UPDATE account SET total = 5 WHERE id = 5; DELETE FROM item WHERE id = 300");
     pair.first.sql("UPDATE account SET total = 6 WHERE id = 6");
     migration.settle();
-    let error = migration.try_set_state("second", Duration::from_secs(1)).expect_err("a prepared transaction");
+    let error = migration.try_set_state("second", Duration::from_secs(5)).expect_err("a prepared transaction");
     assert!(explain(&error).contains("prepared transaction 'both'"), "{}", explain(&error));
     commit("both");
     migration.set_state("second");
@@ -395,7 +395,7 @@ fn prepared_transactions_are_waited_for_or_captured() {
     client
         .batch_execute("BEGIN; UPDATE v2.account SET tenths = 80 WHERE id = 8; PREPARE TRANSACTION 'second'")
         .expect("to prepare");
-    let error = migration.try_set_state("both", Duration::from_secs(1)).expect_err("a prepared transaction");
+    let error = migration.try_set_state("both", Duration::from_secs(5)).expect_err("a prepared transaction");
     assert!(explain(&error).contains("prepared transaction 'second' on the second server"), "{}", explain(&error));
     pair.second.sql("COMMIT PREPARED 'second'");
     migration.walk(&["both", "first"]);
@@ -424,7 +424,7 @@ fn a_long_transaction_and_a_large_statement() {
         (pair.first.text(&format!("{sql}{table}")), pair.second.text(&format!("{sql}v2.big")))
     };
     pair.first.sql("UPDATE big SET n = n + 1 WHERE id > 2");
-    until("200 000 rows of one statement arrive while a transaction is open", Duration::from_secs(60), || {
+    until("200 000 rows of one statement arrive while a transaction is open", LONG, || {
         let (first, second) = sums("big");
         first == second
     });

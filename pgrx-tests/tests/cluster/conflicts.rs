@@ -524,6 +524,8 @@ fn clients_that_collide_all_the_time_lose_nothing() {
         // While replication pauses, much more collides.
         migration.call("pause");
         for_a(Duration::from_millis(700));
+        first.until_done(20);
+        second.until_done(20);
         migration.call("resume");
         for_a(Duration::from_millis(1300));
     }

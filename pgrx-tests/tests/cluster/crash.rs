@@ -9,7 +9,7 @@ use pgrx_tests::cluster::{Stop, explain};
 use pgrx_tests::migration::set_state;
 use pgrx_tests::schema::traces;
 use pgrx_tests::tokens;
-use pgrx_tests::wait::{SOON, until, until_some};
+use pgrx_tests::wait::{LONG, SOON, until, until_some};
 use pgrx_tests::writers::{
     self, Generation, NAME, Untouched, Writers, any_end, at_rest, held_process, until_replicated,
 };
@@ -142,7 +142,7 @@ impl Blow {
         pair.first.fault(&format!("{point} {verb}"));
         thread::scope(|scope| {
             let provoked = scope.spawn(provoke);
-            until(&format!("a process comes to {point}"), SOON, || !pair.first.fault_is_armed());
+            until(&format!("a process comes to {point}"), LONG, || !pair.first.fault_is_armed());
             match self {
                 Blow::Kill => old.until_replaced(&pair.first),
                 Blow::SecondServer => {

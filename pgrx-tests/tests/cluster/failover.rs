@@ -217,7 +217,7 @@ fn a_standby_of_the_first_server_promoted_without_its_last_commits() {
 
 #[test]
 fn the_second_server_restored_from_an_older_backup() {
-    let pair = Pair::with(&["crossover.log_retention = '2s'", "crossover.log_rotation = '1s'"], &[]);
+    let pair = Pair::with(&["crossover.log_retention = '60s'", "crossover.log_rotation = '1s'"], &[]);
     pair.expect_crashes();
     let migration = started(&pair);
     let tag = pair.first.text("SELECT tag FROM crossover.migration").expect("a tag");
@@ -234,6 +234,8 @@ fn the_second_server_restored_from_an_older_backup() {
     assert_eq!(divergences(&migration), 0, "{:#?}", migration.history());
 
     // It has been emptied since.
+    pair.first.configure(&["crossover.log_retention = '2s'"]);
+    pair.first.reload();
     let mut older = Replica::backup(restored.cluster());
     let before = pair.first.text(&cut);
     write_first(&pair, 2002);

@@ -44,7 +44,7 @@ fn a_crash_is_found_in_the_log() {
     assert!(process::signal(pid, process::KILL));
     until("the server has restarted its backends", SOON, || client.simple_query("SELECT 1").is_err());
     pair.first.connect_soon();
-    assert!(pair.findings().contains("was terminated by signal 9"));
+    until("the crash is in the log", SOON, || pair.findings().contains("was terminated by signal 9"));
     pair.expect_crashes();
 }
 

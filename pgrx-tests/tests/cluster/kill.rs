@@ -7,7 +7,7 @@ use std::thread;
 use pgrx_tests::cluster::{Cluster, Stop, explain};
 use pgrx_tests::wait::{SOON, until, until_some};
 use pgrx_tests::writers::{
-    self, Generation, NAME, Untouched, Writers, any_end, at_rest, held_process, until_replicated,
+    self, Generation, NAME, Untouched, WRITER, Writers, any_end, at_rest, held_process, until_replicated,
 };
 use pgrx_tests::{Migration, Pair, process};
 use postgres::Client;
@@ -15,7 +15,7 @@ use serde_json::json;
 
 /// Entries that are copied, and how many of them a second: the copy outlasts all that is killed during it.
 const OLD: u32 = 20_000;
-const RATE: u32 = 300;
+const RATE: u32 = 100;
 
 /// The processes that a server must have, or the test would kill less than it says.
 const OF_ANY_SERVER: &[&str] = &[
@@ -31,17 +31,20 @@ const OF_THE_SECOND: &[&str] = &["the replicator's backend"];
 
 /// What there is to kill on a server, by what it does; one process of each kind.
 fn processes(cluster: &Cluster) -> BTreeMap<String, i32> {
-    let query = "SELECT kind || ' ' || max(pid) FROM (
+    // Connections of the test itself come and go: they are no clients.
+    let query = format!(
+        "SELECT kind || ' ' || max(pid) FROM (
             SELECT pid, CASE WHEN backend_type <> 'client backend' THEN backend_type
                              WHEN application_name LIKE 'pg_crossover%' THEN 'the replicator''s backend'
                              WHEN application_name = 'postgres_fdw' THEN 'backend of a foreign table'
                              WHEN application_name = 'in the middle' THEN 'client in a transaction'
-                             ELSE 'client' END
+                             WHEN application_name = '{WRITER}' THEN 'client' END
               FROM pg_stat_activity
              WHERE pid <> pg_backend_pid() AND backend_type NOT IN ('autovacuum worker', 'pg_crossover clerk', 'pg_crossover scout')) AS p(pid, kind)
-        GROUP BY kind";
+        WHERE kind IS NOT NULL GROUP BY kind"
+    );
     let mut found = BTreeMap::new();
-    for line in cluster.list(query) {
+    for line in cluster.list(&query) {
         let (kind, pid) = line.rsplit_once(' ').expect("a kind and a pid");
         found.insert(kind.to_owned(), pid.parse().expect("a pid"));
     }
@@ -51,9 +54,17 @@ fn processes(cluster: &Cluster) -> BTreeMap<String, i32> {
 
 /// Kills one process, lets `held` go on, and sees to it that the server is there again: only a postmaster has to be started.
 fn kill(cluster: &Cluster, kind: &str, held: Option<i32>) {
-    let pid = until_some(&format!("cluster {} has a {kind}", cluster.name()), SOON, || processes(cluster).remove(kind));
-    let old = Generation::of(cluster);
-    assert!(process::signal(pid, process::KILL), "{kind} was there a moment ago");
+    // One that ends by itself a moment before is not the one.
+    let (pid, old) = until_some(&format!("cluster {} has a {kind}", cluster.name()), SOON, || {
+        let pid = processes(cluster).remove(kind)?;
+        if kind == "postmaster" {
+            // What it starts between a look at its children and its end would be of no generation.
+            process::signal(pid, process::STOP);
+            until("the postmaster is stopped", SOON, || process::is_stopped(pid));
+        }
+        let old = Generation::of(cluster);
+        process::signal(pid, process::KILL).then_some((pid, old))
+    });
     if let Some(held) = held {
         process::signal(held, process::CONTINUE);
     }

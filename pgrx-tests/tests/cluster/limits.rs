@@ -1,8 +1,8 @@
 //! The limits that an operator sets hold, from both sides.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use pgrx_tests::wait::{LONG, SOON, until};
+use pgrx_tests::wait::{LONG, SOON, Stopwatch, until};
 use pgrx_tests::{Migration, Pair, Witness, process};
 use serde_json::{Value, json};
 
@@ -24,10 +24,15 @@ fn slow(mapping: &Value) -> Value {
     mapping
 }
 
+/// Rows to copy at a rate: for longer than all windows of that many seconds take.
+const ROWS: i64 = 60_000;
+const WINDOWS: usize = 4;
+const WINDOW: f64 = 1.5;
+
 #[test]
 fn copy_rate_holds_within_a_tenth() {
     let pair = Pair::new();
-    let mapping = create(&pair, 60_000);
+    let mapping = create(&pair, ROWS as u32);
     for (name, rate, workers) in [("one", 3000_i64, 1), ("four", 6000, 4)] {
         let options = json!({"copy_rate": rate, "copy_workers": workers, "target": "truncate"});
         let migration = Migration::start_with(&pair, name, &mapping, &options);
@@ -39,13 +44,23 @@ fn copy_rate_holds_within_a_tenth() {
             (row.get(0), row.get(1))
         };
         until("the copy has begun", SOON, || look().0 > rate / 5);
-        let (rows, at) = look();
-        until("it has gone on for a while", SOON, || look().1 > at + 4.0);
-        let (rows, seconds) = (look().0 - rows, look().1 - at);
-        #[allow(clippy::cast_precision_loss)]
-        let ratio = rows as f64 / (seconds * rate as f64);
-        println!("{workers} workers: {rows} rows in {seconds:.2} s, {ratio:.3} of the rate");
-        assert!((0.9..=1.1).contains(&ratio), "{workers} workers: {ratio:.3} of the rate");
+        // Never more than that, and as much where the machine lets it: a copy does not make up for time that it has lost.
+        let mut ratios = Vec::new();
+        let (mut rows, mut at) = look();
+        for _ in 0..WINDOWS {
+            let (mut more, mut later) = (rows, at);
+            until("it has gone on for a while", SOON, || {
+                (more, later) = look();
+                later > at + WINDOW
+            });
+            assert!(more < ROWS, "the copy was meant to last");
+            #[allow(clippy::cast_precision_loss)]
+            ratios.push((more - rows) as f64 / ((later - at) * rate as f64));
+            (rows, at) = (more, later);
+        }
+        println!("{workers} workers: {ratios:.3?} of the rate");
+        assert!(ratios.iter().all(|r| *r <= 1.1), "{workers} workers: {ratios:.3?} of the rate");
+        assert!(ratios.iter().any(|r| *r >= 0.9), "{workers} workers: {ratios:.3?} of the rate");
         migration.cancel();
     }
 }
@@ -57,15 +72,21 @@ fn assert_at_rest(pair: &Pair) {
                   AND (backend_xmin IS NOT NULL OR backend_xid IS NOT NULL OR state LIKE '%in transaction%' OR backend_type = 'pg_crossover copy')";
     // The worker reads its requests now and then.
     until("the first server is at rest", SOON, || pair.first.text(busy).as_deref() == Some(""));
-    assert_eq!(pair.second.text(busy).as_deref(), Some(""));
+    // A backend there notices that its client has gone when it has the processor again.
+    until("the second server is at rest", SOON, || pair.second.text(busy).as_deref() == Some(""));
 }
 
-fn pause(migration: &Migration) {
-    let began = Instant::now();
-    migration.call("pause");
-    let took = began.elapsed();
-    println!("paused in {took:?}");
-    assert!(took < Duration::from_secs(1), "migration_pause took {took:?}");
+/// Asserts that a pause takes less than a second, from the server's receipt of the call to its answer.
+fn pause(pair: &Pair, migration: &Migration) {
+    let mut client = pair.first.connect();
+    let query =
+        "SELECT migration_pause($1)::text, extract(epoch FROM clock_timestamp() - statement_timestamp())::float8";
+    let query = client.prepare(query).expect("a statement");
+    let watch = Stopwatch::start();
+    let row = client.query_one(&query, &[&migration.name()]).expect("a pause");
+    let (stalled, took) = (watch.stalled(), Duration::from_secs_f64(row.get(1)));
+    println!("paused in {took:?}, of which the machine stood still for {stalled:?}");
+    assert!(took.saturating_sub(stalled) < Duration::from_secs(1), "migration_pause took {took:?}");
 }
 
 #[test]
@@ -78,7 +99,7 @@ fn a_pause_stops_a_copy_and_a_cycle_within_a_second() {
     let copying =
         "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'pg_crossover copy' AND backend_xmin IS NOT NULL";
     until("a chunk is being copied", SOON, || pair.first.text(copying).as_deref() != Some("0"));
-    pause(&migration);
+    pause(&pair, &migration);
     assert_at_rest(&pair);
     assert_eq!(migration.state(), "copying");
     pair.first.sql("DELETE FROM heap WHERE id > 4000; UPDATE heap SET n = 1");
@@ -88,7 +109,7 @@ fn a_pause_stops_a_copy_and_a_cycle_within_a_second() {
     pair.first.sql("UPDATE heap SET n = 2");
     let cycling = "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'pg_crossover migration' AND backend_xmin IS NOT NULL";
     until("a cycle is at work", SOON, || pair.first.text(cycling).as_deref() != Some("0"));
-    pause(&migration);
+    pause(&pair, &migration);
     assert_at_rest(&pair);
     migration.call("resume");
     migration.settle();
@@ -97,22 +118,23 @@ fn a_pause_stops_a_copy_and_a_cycle_within_a_second() {
     pair.second.pause();
     pair.first.sql("UPDATE heap SET n = 3");
     until("the worker waits for the second server", SOON, || pair.first.text(cycling).as_deref() != Some("0"));
-    pause(&migration);
+    pause(&pair, &migration);
     until("no snapshot is held", SOON, || pair.first.text(cycling).as_deref() == Some("0"));
     pair.second.resume();
     migration.call("resume");
     migration.try_wait(LONG).expect("it goes on");
     assert_equal(&pair);
     // The cancel that goes with a pause may come while that is being served already.
+    let error_before = migration.status().text("last_error");
     pair.first.fault("request:taken stop");
     std::thread::scope(|scope| {
-        scope.spawn(|| pause(&migration));
+        scope.spawn(|| migration.call("pause"));
         let worker = migration.worker();
         until("the pause is being served", SOON, || process::is_stopped(worker));
         pair.first.sql(&format!("SELECT pg_cancel_backend({worker})"));
         process::signal(worker, process::CONTINUE);
     });
-    assert_eq!(migration.status().text("last_error"), "");
+    assert_eq!(migration.status().text("last_error"), error_before);
     migration.call("resume");
     // A DBA's cancel of the worker does no harm either.
     let worker = migration.worker();

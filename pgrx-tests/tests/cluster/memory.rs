@@ -29,7 +29,7 @@ fn peaks_of(pair: &Pair, work: impl FnOnce()) -> Peaks {
         scope.spawn(|| {
             while !stop.load(Ordering::Relaxed) {
                 let postmaster = pair.first.postmaster().expect("a running server");
-                for (pid, _) in process::children(postmaster) {
+                for (pid, state) in process::children(postmaster) {
                     if let (Some(title), Some(peak)) = (process::title(pid), process::peak_memory(pid))
                         && let Some(kind) = ["migration", "copy", "launcher"]
                             .iter()
@@ -38,6 +38,10 @@ fn peaks_of(pair: &Pair, work: impl FnOnce()) -> Peaks {
                         let mut peaks = peaks.lock().expect("no panic");
                         let most = peaks.entry((*kind).to_string()).or_default();
                         *most = peak.max(*most);
+                        // A copy worker that was held until it was looked at.
+                        if state == 'T' {
+                            process::signal(pid, process::CONTINUE);
+                        }
                     }
                 }
                 for_a(Duration::from_millis(5));
@@ -68,8 +72,11 @@ impl<'a> Heap<'a> {
         pair.second_store("pile", "CREATE TABLE heap (id integer PRIMARY KEY, n integer NOT NULL, body text)");
         let mapping = json!({"tables": [{"first": "public.heap", "second": "pile.heap", "second_view": "public.pile",
             "forward": {"n": "n + 1"}, "backward": {"n": "n - 1"}}]});
+        // However short a copy worker lives, it is looked at when it has copied a chunk.
+        pair.first.fault("copy:committed stop");
         let migration = Migration::start(pair, "heap", &mapping);
         migration.until_state("first");
+        assert!(!pair.first.fault_is_armed(), "no copy worker was looked at");
         Self { pair, rows, migration }
     }
 
@@ -95,7 +102,7 @@ impl<'a> Heap<'a> {
 
 /// A whole life over `rows` rows: all of them are changed by one statement in `first`, and in the other states the rows that `some` says.
 fn life(rows: u32, body: &str, some: &str, last: &str) -> Peaks {
-    let pair = Pair::with(&SETTINGS, &SETTINGS);
+    let pair = Pair::for_long(&SETTINGS, &SETTINGS);
     let witness = Witness::of(&pair.first);
     let peaks = peaks_of(&pair, || {
         let heap = Heap::start(&pair, rows, body);

@@ -5,6 +5,7 @@ use std::thread;
 use pgrx_tests::cluster::explain;
 use pgrx_tests::wait::{LONG, SOON, until};
 use pgrx_tests::{Load, Migration, Pair, process};
+use postgres::Client;
 use serde_json::json;
 
 /// A migration of one table into `pile` on the second server, in `both`.
@@ -32,17 +33,18 @@ fn at_the_last_cycle(
     table: &str,
     work: impl FnOnce(),
 ) -> Result<String, postgres::Error> {
-    let locked =
-        format!("SELECT 1 FROM pg_locks WHERE relation = '{table}'::regclass AND mode = 'ExclusiveLock' AND granted");
+    let locked = format!(
+        "SELECT 1 FROM pg_locks WHERE relation = '{table}'::regclass AND mode = 'ExclusiveLock' AND granted LIMIT 1"
+    );
     let waits = format!(
-        "SELECT 1 FROM pg_locks WHERE pid = {} AND locktype = 'transactionid' AND NOT granted",
+        "SELECT 1 FROM pg_locks WHERE pid = {} AND locktype = 'transactionid' AND NOT granted LIMIT 1",
         migration.worker()
     );
+    let (mut first, mut second) = (pair.first.connect(), pair.second.connect());
+    let holds = |client: &mut Client, query: &str| client.query_opt(query, &[]).expect("an answer").is_some();
     thread::scope(|scope| {
-        let switch = scope.spawn(|| migration.try_set_state("first", SOON));
-        until("the last cycle waits for the client", SOON, || {
-            pair.second.text(&locked).is_some() && pair.first.text(&waits).is_some()
-        });
+        let switch = scope.spawn(|| migration.try_set_state("first", LONG));
+        until("the last cycle waits for the client", LONG, || holds(&mut second, &locked) && holds(&mut first, &waits));
         work();
         switch.join().expect("no panic")
     })
@@ -130,9 +132,9 @@ fn replication_goes_on_under_load_after_large_rows() {
     );
     pair.second.sql("UPDATE pile.heap SET n = -1 WHERE id = 20");
     let there = "SELECT 1 FROM pile.heap WHERE id = 12 AND length(body) > 4000000";
-    until("large rows have been replicated", SOON, || pair.second.text(there).is_some());
+    until("large rows have been replicated", LONG, || pair.second.text(there).is_some());
     let back = "SELECT 1 FROM heap__first WHERE id = 20 AND n = -1";
-    until("a row has come back", SOON, || pair.first.text(back).is_some());
+    until("a row has come back", LONG, || pair.first.text(back).is_some());
     load.stop().assert_clean("under load");
     migration.settle();
     assert_equal(&pair, "heap");
@@ -151,7 +153,7 @@ fn large_transactions_in_second_keep_nothing_from_arriving() {
     for id in 1..=3 {
         pair.second.sql(&format!("UPDATE pile.heap SET n = -1 WHERE id = {id}"));
         let back = format!("SELECT 1 FROM heap__first WHERE id = {id} AND n = -1");
-        until("a row has come back", SOON, || pair.first.text(&back).is_some());
+        until("a row has come back", LONG, || pair.first.text(&back).is_some());
     }
     load.stop().assert_clean("in second");
     migration.set_state("both");

@@ -251,7 +251,7 @@ fn a_switch_waits_for_the_writers_of_a_partition_and_names_them() {
             &[&mapping()],
         )
     };
-    let error = explain(&start("1 s").expect_err("a prepared transaction"));
+    let error = explain(&start("5 s").expect_err("a prepared transaction"));
     assert!(error.starts_with("55P03") && error.contains("'leaf'"), "{error}");
     writer.batch_execute("COMMIT PREPARED 'leaf'").expect("committed");
     start("30 s").expect("to start");
@@ -259,14 +259,14 @@ fn a_switch_waits_for_the_writers_of_a_partition_and_names_them() {
     assert_equal(&pair, "reading");
     migration.set_state("both");
     writer.batch_execute("BEGIN; UPDATE reading_jan SET value = value + 100").expect("an update");
-    let error = migration.try_set_state("second", Duration::from_secs(2)).expect_err("a writer");
+    let error = migration.try_set_state("second", Duration::from_secs(5)).expect_err("a writer");
     assert!(explain(&error).starts_with("55P03") && explain(&error).contains("reading_jan"), "{}", explain(&error));
     writer.batch_execute("COMMIT").expect("a commit");
     migration.set_state("second");
     assert_equal(&pair, "reading__first");
     let mut writer = pair.second.connect();
     writer.batch_execute("BEGIN; UPDATE store.measure SET tenths = tenths + 100").expect("an update");
-    let error = migration.try_set_state("both", Duration::from_secs(2)).expect_err("a writer");
+    let error = migration.try_set_state("both", Duration::from_secs(5)).expect_err("a writer");
     assert!(explain(&error).starts_with("55P03") && explain(&error).contains("measure"), "{}", explain(&error));
     writer.batch_execute("COMMIT").expect("a commit");
     migration.set_state("both");

@@ -137,8 +137,8 @@ fn an_ordinary_role_runs_a_whole_life() {
     }
     scene.go(&["both", "second"]);
     load.until_done(100);
-    let seen = "SELECT count(*)::text FROM migration_status JOIN migration_details USING (name) WHERE owner = 'mover' AND worker_pid IS NOT NULL AND last_error IS NULL";
-    assert_eq!(mover.query_one(seen, &[]).expect("its status").get::<_, String>(0), "1");
+    let seen = "SELECT count(*)::text FROM migration_status JOIN migration_details USING (name) WHERE owner = 'mover' AND worker_pid IS NOT NULL AND hint IS NULL";
+    until("its status is well", SOON, || mover.query_one(seen, &[]).expect("a status").get::<_, String>(0) == "1");
     scene.go(&["both", "first", "copying"]);
     migration.until_state("first");
     load.until_done(150);
@@ -876,7 +876,7 @@ fn passwords_are_nowhere_to_be_read() {
     let mut transaction = holder.transaction().expect("a transaction");
     transaction.batch_execute("SELECT count(*) FROM shop.customer /* what-it-says */").expect("a look");
     errors.push(explain(
-        &set_state(&mut scene.mover(), "shop", "both", Duration::from_secs(1)).expect_err("it is in the way"),
+        &set_state(&mut scene.mover(), "shop", "both", Duration::from_secs(5)).expect_err("it is in the way"),
     ));
     let error = errors.last().expect("an error");
     assert!(error.contains("AccessShareLock on shop.customer") && !error.contains("what-it-says"), "{error}");

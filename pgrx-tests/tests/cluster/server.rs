@@ -2,9 +2,10 @@
 //! defaults. Every call says what is wrong and what to do, the status shows it, and all goes on by itself once it is mended.
 
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use pgrx_tests::cluster::{Stop, explain};
-use pgrx_tests::wait::{SOON, until, until_some};
+use pgrx_tests::wait::{SOON, for_a, until, until_some};
 use pgrx_tests::{Cluster, Migration, Pair, market, process};
 use serde_json::json;
 
@@ -86,8 +87,16 @@ fn without_a_free_worker_slot() {
     let start = format!(
         "migration_start('market', '{}', '{}')",
         market::mapping(),
-        json!({"copy_rate": 1000, "chunk_rows": 100})
+        json!({"copy_rate": 200, "chunk_rows": 100})
     );
+    // Scouts that the launcher sends out at the start need slots, too. When it has none left to send, it sleeps.
+    let launcher = "SELECT pid FROM pg_stat_activity WHERE backend_type = 'pg_crossover launcher'";
+    let launcher: i32 = until_some("the launcher runs", SOON, || pair.first.text(launcher)?.parse().ok());
+    until("the launcher has nothing left to do", SOON, || {
+        let naps = process::naps(launcher);
+        for_a(Duration::from_millis(1500));
+        naps.is_some() && process::naps(launcher) == naps
+    });
     let (one, two) = (Thief::start(&pair), Thief::start(&pair));
     refuses(&mut pair.first.connect(), &start, "53000", &words);
     // A slot for whoever files the request, and none for the migration.
@@ -101,13 +110,19 @@ fn without_a_free_worker_slot() {
     // The copy loses its slot to somebody else, and goes on when it is free again.
     let copier = "SELECT pid FROM pg_stat_activity WHERE backend_type = 'pg_crossover copy'";
     let pid: i32 = until_some("a copy worker runs", SOON, || pair.first.text(copier)?.parse().ok());
+    // The worker starts no other before the slot is taken, which is free when the postmaster has noted the end.
+    let worker = migration.worker();
+    process::signal(worker, process::STOP);
     pair.first.sql(&format!("SELECT pg_terminate_backend({pid})"));
-    until("it has gone", SOON, || !process::is_alive(pid));
+    let end = format!("(PID {pid}) exited with exit code 1");
+    until("it has gone", SOON, || pair.first.log_lines().iter().any(|line| line.text.ends_with(&end)));
     let thief = Thief::start(&pair);
+    process::signal(worker, process::CONTINUE);
     let status = migration.until_status("says that it has no slot", hint_contains(&["max_worker_processes"]));
     assert!(status.text("last_error").contains("no background worker"), "{}", status.0);
     assert!(status.text("waiting_for").contains("max_worker_processes"), "{}", status.0);
     thief.give_back(&pair);
+    pair.first.sql("UPDATE crossover.migration SET options = '{}'");
     migration.until_state("first");
     let status = migration.until_status("is content again", |status| status.text("hint").is_empty());
     assert_eq!(status.text("waiting_for"), "");

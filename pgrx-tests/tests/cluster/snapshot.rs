@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use pgrx_tests::wait::{LONG, SOON, until};
+use pgrx_tests::wait::{LONG, until};
 use pgrx_tests::{Cluster, Load, Migration, Pair};
 use postgres::{Client, Error, IsolationLevel};
 use serde_json::{Value, json};
@@ -184,7 +184,7 @@ fn a_backlog_of_many_batches_arrives_whole() {
         migration.call("resume");
         migration.settle();
         let after = newest(&pair);
-        until("readers have seen the new stamp", SOON, || readers.seen().stamps.contains(&after));
+        until("readers have seen the new stamp", LONG, || readers.seen().stamps.contains(&after));
     }
     readers.assert_whole("as backlogs are applied");
     assert_equal(&pair, "");

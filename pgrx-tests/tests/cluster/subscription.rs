@@ -2,7 +2,7 @@
 
 use pgrx_tests::cluster::{Cluster, explain};
 use pgrx_tests::schema::traces;
-use pgrx_tests::wait::{SOON, until};
+use pgrx_tests::wait::{LONG, SOON, until};
 use pgrx_tests::{Migration, Pair, market};
 
 const TABLES: &str =
@@ -31,7 +31,7 @@ fn arrives(pair: &Pair, publisher: &Cluster, migration: &Migration, suffix: &str
         ))
     };
     let expected = sums(publisher, "");
-    until("the subscription has brought everything", SOON, || sums(&pair.first, suffix) == expected);
+    until("the subscription has brought everything", LONG, || sums(&pair.first, suffix) == expected);
     migration.settle();
     market::assert_equal(pair, suffix);
 }

@@ -70,7 +70,7 @@ fn states() {
     let witness = Witness::of(&pair.first);
     let mut bench = Bench::new(pair);
     bench.is_live = true;
-    let slow = json!({"copy_rate": 100, "chunk_rows": 10});
+    let slow = json!({"copy_rate": 20, "chunk_rows": 10});
     // Names that have to be quoted in a hint.
     let (back, on) = ("it's", "the \"second\" one");
     let migration = Migration::start_with(&bench.pair, back, &market::mapping(), &slow);
