@@ -205,6 +205,17 @@ impl Context {
         Ok((&mut self.first, second))
     }
 
+    /// Does `work`, which may take the second server longer than usual. What comes after it may not: a worker that waits for a server that
+    /// has gone tells nobody.
+    pub fn patiently<T>(&mut self, patience: Duration, work: impl FnOnce(&mut Context) -> Result<T>) -> Result<T> {
+        let before = self.stores()?.1.session.set_patience(patience);
+        let result = work(self);
+        if let Some(second) = &mut self.second {
+            second.session.set_patience(before);
+        }
+        result
+    }
+
     /// In a transaction of its own.
     pub fn set_phase(&mut self, phase: Phase) -> Result<()> {
         let before = self.migration.phase;

@@ -287,17 +287,18 @@ fn done(ctx: &mut Context, chunk: &Chunk, rows: u64) -> Result<()> {
 /// are owed, so that the next cycle takes them out and parks them. Returns how many.
 pub fn owe_violations(ctx: &mut Context) -> Result<u64> {
     ctx.refresh_constraints()?;
-    let (_, second) = ctx.stores()?;
-    second.session.set_patience(PATIENCE);
-    let mut found = 0;
-    second.session.begin(Isolation::ReadCommitted, &[])?;
-    for i in 0..second.tables.len() {
-        for query in second.violations(i) {
-            found += second.owe_result(i, &query, 0)?;
+    ctx.patiently(PATIENCE, |ctx| {
+        let (_, second) = ctx.stores()?;
+        let mut found = 0;
+        second.session.begin(Isolation::ReadCommitted, &[])?;
+        for i in 0..second.tables.len() {
+            for query in second.violations(i) {
+                found += second.owe_result(i, &query, 0)?;
+            }
         }
-    }
-    second.session.commit()?;
-    Ok(found)
+        second.session.commit()?;
+        Ok(found)
+    })
 }
 
 /// Marks the copy as complete: from now on its backlog is applied.

@@ -58,7 +58,7 @@ pub fn begin(ctx: &mut Context) -> Result<bool> {
         let fence = ctx.migration.options.fence;
         setup::install_second(ctx, false, fence)?;
     }
-    empty_second(ctx)?;
+    ctx.patiently(PATIENCE, empty_second)?;
     fault::point("resync:emptied")?;
     let order = Order::by_worker(ctx, LOCK_PATIENCE);
     in_attempts(ctx, &order, false, |ctx| {
@@ -88,7 +88,6 @@ fn copy_workers_are_left(ctx: &mut Context) -> Result<bool> {
 /// Rows, checkpoints, watermark and what is owed, in one transaction of the second server.
 fn empty_second(ctx: &mut Context) -> Result<()> {
     let (_, second) = ctx.stores()?;
-    second.session.set_patience(PATIENCE);
     second.begin_write()?;
     let rels: Vec<String> = second.tables.iter().map(|t| t.rel.to_string()).collect();
     second.session.savepoint()?;

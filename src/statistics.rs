@@ -16,9 +16,12 @@ const ROWS_PER_UNIT: i64 = 300;
 
 /// Analyzes all tables of the second store there, and the foreign tables here. Transactions of its own, a table each.
 pub fn refresh(ctx: &mut Context) -> Result<()> {
+    ctx.patiently(PATIENCE, analyze)
+}
+
+fn analyze(ctx: &mut Context) -> Result<()> {
     let names: Vec<String> = ctx.pairs.iter().map(|p| p.second.rel.to_string()).collect();
     let (first, second) = ctx.stores()?;
-    second.session.set_patience(PATIENCE);
     for (i, name) in names.iter().enumerate() {
         analyze_there(second, i)?;
         let width = width(second, i)?;

@@ -71,9 +71,9 @@ impl RemoteSession {
         self.connection.is_broken()
     }
 
-    /// Bounds the wait for each single answer; a deadline bounds them all together.
-    pub fn set_patience(&mut self, patience: Duration) {
-        self.patience = patience;
+    /// Bounds the wait for each single answer; a deadline bounds them all together. Returns what it was before.
+    pub fn set_patience(&mut self, patience: Duration) -> Duration {
+        std::mem::replace(&mut self.patience, patience)
     }
 
     fn answer_by(&self) -> Option<Instant> {

@@ -6,7 +6,7 @@ use pgrx_tests::cluster::{Stop, explain};
 use pgrx_tests::journal::{self, Journal};
 use pgrx_tests::schema::assert_same_dump;
 use pgrx_tests::wait::{LONG, SOON, for_a, until};
-use pgrx_tests::{Load, Migration, Pair, Witness, market};
+use pgrx_tests::{Load, Migration, Pair, Wire, Witness, market, process};
 use serde_json::{Value, json};
 
 /// What a client of the first store may wait for on a busy machine, whatever the second server does.
@@ -204,6 +204,27 @@ fn while_replicating() {
         market::assert_equal(&pair, "__first");
     }
     migration.set_state("first");
+    migration.cancel();
+}
+
+/// The analysis of the new tables may take its time, and nothing else after it.
+#[test]
+fn cut_off_as_the_copy_ends() {
+    let pair = Pair::new();
+    market::create(&pair, 10);
+    let wire = Wire::between(&pair);
+    pair.first.fault("copy:caught-up stop");
+    let migration = Migration::start(&pair, "market", &market::mapping());
+    let worker = migration.worker();
+    until("the worker is about to enter `first`", LONG, || process::is_stopped(worker));
+    wire.cut();
+    process::signal(worker, process::CONTINUE);
+    migration.until_status("misses its second server", |status| !status.text("last_error").is_empty());
+    assert_eq!(migration.state(), "first");
+    wire.mend();
+    pair.first.sql("UPDATE customer SET cents = 5 WHERE id = 3");
+    migration.settle();
+    assert_eq!(market::cents_in_second(&pair, 3), 5);
     migration.cancel();
 }
 
