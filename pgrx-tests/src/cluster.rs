@@ -492,7 +492,9 @@ fn free_port() -> u16 {
     const FROM: u16 = 20_000;
     const COUNT: u16 = 10_000;
     static NEXT: AtomicU16 = AtomicU16::new(0);
-    let start = u16::try_from(std::process::id() % u32::from(COUNT)).expect("a remainder fits");
+    // Programs that are started one after the other, and run side by side, are to look for theirs far from each other.
+    const APART: u32 = 7919;
+    let start = u16::try_from(std::process::id().wrapping_mul(APART) % u32::from(COUNT)).expect("a remainder fits");
     (0..COUNT)
         .map(|_| FROM + (start + NEXT.fetch_add(1, Ordering::Relaxed)) % COUNT)
         .find(|port| TcpListener::bind(("127.0.0.1", *port)).is_ok())

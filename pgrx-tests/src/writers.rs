@@ -18,8 +18,8 @@ use crate::template::DATABASE;
 use crate::tokens::{self, Door, Tokens};
 use crate::wait::{LONG, SOON, until, until_some};
 
-/// The `application_name` of the writers.
-pub const WRITER: &str = "crossover writer";
+/// The `application_name` of the writers, which does not make them look like processes of the extension.
+pub const WRITER: &str = "a writer";
 
 /// What the migration of both tables is called.
 pub const NAME: &str = "rail";
