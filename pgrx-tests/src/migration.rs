@@ -44,8 +44,8 @@ impl<'a> Migration<'a> {
 
     /// `migration_start`.
     pub fn try_start(&self, mapping: &Value, options: &Value) -> Result<String, Error> {
-        let query = "SELECT migration_start($1, $2::jsonb, $3::jsonb, $4::text::interval)::text";
-        Ok(self.try_connect()?.query_one(query, &[&self.name, mapping, options, &interval(LONG)])?.get(0))
+        let query = "SELECT migration_start($1, $2::jsonb, $3::jsonb)::text";
+        Ok(self.try_connect()?.query_one(query, &[&self.name, mapping, options])?.get(0))
     }
 
     /// Waits until the copy is complete and all that was committed before the call has been replicated.
@@ -64,7 +64,7 @@ impl<'a> Migration<'a> {
 
     /// Moves to a state.
     pub fn set_state(&self, to: &str) {
-        let state = self.try_set_state(to, LONG).unwrap_or_else(|e| self.fail(&format!("set_state {to}"), &e));
+        let state = self.try_set_state(to, SOON).unwrap_or_else(|e| self.fail(&format!("set_state {to}"), &e));
         assert_eq!(state, to, "the state after the switch");
         assert_eq!(self.state(), to, "the state that the status shows after the switch");
     }
@@ -76,10 +76,9 @@ impl<'a> Migration<'a> {
 
     /// `migration_set_state` with `force`.
     pub fn force_state(&self, to: &str) {
-        let query =
-            "SELECT migration_set_state($1, $2::text::migration_state, $3::text::interval, force => true)::text";
+        let query = "SELECT migration_set_state($1, $2::text::migration_state, force => true)::text";
         self.connect()
-            .query_one(query, &[&self.name, &to, &interval(LONG)])
+            .query_one(query, &[&self.name, &to])
             .unwrap_or_else(|e| self.fail(&format!("set_state {to}, forced"), &e));
     }
 
@@ -104,8 +103,8 @@ impl<'a> Migration<'a> {
 
     /// `migration_finish` or `migration_cancel`, as `verb` says.
     pub fn try_end(&self, verb: &str) -> Result<String, Error> {
-        let query = format!("SELECT migration_{verb}($1, $2::text::interval)::text");
-        Ok(self.try_connect()?.query_one(&query, &[&self.name, &interval(LONG)])?.get(0))
+        let query = format!("SELECT migration_{verb}($1)::text");
+        Ok(self.try_connect()?.query_one(&query, &[&self.name])?.get(0))
     }
 
     /// `migration_pause` or `migration_resume`, as `verb` says.

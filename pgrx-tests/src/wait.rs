@@ -131,7 +131,7 @@ mod tests {
     fn a_stopwatch_counts_what_is_no_stall() {
         let watch = Stopwatch::start();
         let wall = Instant::now();
-        thread::sleep(Duration::from_millis(200));
+        for_a(Duration::from_millis(200));
         // Asked in this order, a stall in between is in the sum.
         let (elapsed, stalled) = (watch.elapsed(), watch.stalled());
         assert!(elapsed + stalled >= Duration::from_millis(200), "{elapsed:?} and {stalled:?}");

@@ -10,8 +10,8 @@ use pgrx_tests::{Migration, Pair, Witness, market};
 use postgres::Client;
 use serde_json::json;
 
-/// Below the five seconds for which PostgreSQL would wait.
-const AT_ONCE: Duration = Duration::from_secs(4);
+/// Well below the five seconds for which PostgreSQL would wait.
+const AT_ONCE: Duration = Duration::from_secs(1);
 
 /// How much longer a forced drop may take for the migrations in the database.
 const MORE: Duration = Duration::from_secs(1);
